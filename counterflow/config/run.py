@@ -1,0 +1,202 @@
+"""What a run is: model, data, training, folder. Frozen dataclasses whose names are the command line's flags.
+
+Shapes over the run (learning rate, batch ramp, λ, γ) are fractions of its tokens, so that one setting serves a run
+of a million tokens and one of 14.8 trillion; the defaults are the report's own, divided by 14.8 T [§4.2].
+"""
+
+from dataclasses import dataclass, field
+
+from counterflow.config.model import ModelConfig
+from counterflow.errors import ConfigError, nearest
+
+PRECISIONS = ("fp32", "bf16")
+RESUMES = ("auto", "must", "never")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of text: a file, folder or glob of .txt, .jsonl, .parquet (.py for code), or 'python-stdlib'."""
+
+    path: str = "python-stdlib"
+    weight: float = 1.0
+    """Share of the samples, relative to the other sources' weights."""
+    field: str = "text"
+    """The key or column that holds the text, in .jsonl and .parquet."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text to samples. Samples are sequence_length + 1 tokens. [§4.1]"""
+
+    sources: tuple[Source, ...] = (Source(),)
+    tokenizer: str = "train"
+    """'train': a byte-level BPE of model.vocab_size learnt once from the training part; else a tokenizer.json."""
+    sequence_length: int = 256
+    fim_rate: float = 0.1
+    """Share of documents rewritten prefix, suffix, middle."""
+    held_out: float = 0.03
+    """Share of documents never trained on; chosen by a hash of their names or texts."""
+    cache_dir: str = ".cache/counterflow"
+    """Where the tokenizer and the token shards are kept between runs."""
+
+    def __post_init__(self) -> None:
+        _between("data.fim_rate", self.fim_rate, 0.0, 1.0)
+        _between("data.held_out", self.held_out, 0.0, 0.9)
+        _at_least("data.sequence_length", self.sequence_length, 2)
+        if not self.sources:
+            raise ConfigError("data.sources is empty; a run needs text: give one path or more.")
+        for source in self.sources:
+            if not source.weight > 0:
+                raise ConfigError(f"weight of source '{source.path}' is {source.weight}; it must be above 0.")
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Warm-up, constant, cosine, constant, constant: the report's five phases. [§4.2]"""
+
+    peak: float = 2.2e-4
+    warmup: float = 0.0085
+    """Linear from 0 over this fraction of the run (2K steps of the report's)."""
+    constant_until: float = 0.676
+    cosine_until: float = 0.966
+    floor: float = 0.1
+    """Where the cosine ends, relative to the peak."""
+    last_from: float = 0.9887
+    last: float = 0.0332
+    """The last constant phase, relative to the peak."""
+
+    def __post_init__(self) -> None:
+        marks = (0.0, self.warmup, self.constant_until, self.cosine_until, self.last_from, 1.0)
+        if list(marks) != sorted(marks):
+            raise ConfigError(
+                f"train.lr phases end at {marks[1:-1]}; they must rise from 0 to 1: "
+                "warmup <= constant_until <= cosine_until <= last_from."
+            )
+
+
+@dataclass(frozen=True)
+class Train:
+    """How a model is trained. [§4.2]"""
+
+    tokens: float = 1.5e6
+    """Length of the run, in trained tokens."""
+    batch_size: int = 16
+    """Sequences of one optimizer step, all ranks together, once the ramp is over."""
+    batch_start: int = 0
+    """Sequences of the first step; 0: no ramp."""
+    batch_ramp_until: float = 0.0317
+    """The batch grows linearly over this fraction of the run."""
+    micro_batch_size: int = 8
+    """Sequences that go through the model at once; gradients accumulate over the others."""
+    lr: LearningRate = field(default_factory=LearningRate)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    mtp_weight: float = 0.3
+    """λ until `mtp_change_at`, then `mtp_weight_late`."""
+    mtp_weight_late: float = 0.1
+    mtp_change_at: float = 0.676
+    bias_speed: float = 0.001
+    """γ until `bias_stop_at`, then 0; 0 trains without the auxiliary-loss-free bias."""
+    bias_stop_at: float = 0.966
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights kept on the CPU; 0 keeps none."""
+    precision: str = "fp32"
+    """fp32, or bf16 with fp32 master weights, gradients and moments."""
+    recompute: bool = False
+    """Keep only each layer's input for backward and run the layer again there."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size", "tokens"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        if self.batch_size % self.micro_batch_size or self.batch_start % self.micro_batch_size:
+            raise ConfigError(
+                f"train.batch_size is {self.batch_size} and train.batch_start {self.batch_start}; both must be "
+                f"multiples of train.micro_batch_size, which is {self.micro_batch_size}."
+            )
+        if self.batch_start > self.batch_size:
+            raise ConfigError(
+                f"train.batch_start is {self.batch_start}; the ramp rises, so it must be at most "
+                f"train.batch_size, {self.batch_size}."
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"train.precision is '{self.precision}'; {nearest(self.precision, PRECISIONS)}")
+        for name in ("lr.peak", "adam_eps", "clip_norm"):
+            owner, _, leaf = name.rpartition(".")
+            value = getattr(self.lr if owner else self, leaf)
+            if not value > 0:
+                raise ConfigError(f"train.{name} is {value}; it must be above 0.")
+        for name in ("ema_decay", "beta1", "beta2", "mtp_change_at", "bias_stop_at", "batch_ramp_until"):
+            _between(f"train.{name}", getattr(self, name), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The run's folder: what is written there, how often, and what to do with an earlier one."""
+
+    folder: str = ""
+    """Empty: runs/NAME."""
+    resume: str = "auto"
+    """auto: go on from the folder's last checkpoint, or start; must: fail without one; never: start anew, the old
+    folder moved aside."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step always writes one."""
+    checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    eval_every: int = 100
+    """Steps between held-out losses; the last step always measures one over the whole held-out part."""
+    eval_samples: int = 64
+    """Held-out samples of the measurements on the way."""
+    log_every: int = 1
+    """Steps between log lines in metrics.jsonl and TensorBoard."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "checkpoints", "eval_every", "eval_samples", "log_every"):
+            _at_least(f"keep.{name}", getattr(self, name), 1)
+        if self.resume not in RESUMES:
+            raise ConfigError(f"keep.resume is '{self.resume}'; {nearest(self.resume, RESUMES)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: everything that decides its numbers, and where it is kept."""
+
+    name: str = "tiny"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    keep: Keep = field(default_factory=Keep)
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.max_positions:
+            raise ConfigError(
+                f"data.sequence_length is {self.data.sequence_length}; the model has "
+                f"{self.model.max_positions} positions: lower it or raise model.max_positions."
+            )
+        if self.data.sequence_length <= self.model.num_mtp_modules:
+            raise ConfigError(
+                f"model.num_mtp_modules is {self.model.num_mtp_modules} at data.sequence_length "
+                f"{self.data.sequence_length}; each depth loses one position: raise the length."
+            )
+
+    @property
+    def folder(self) -> str:
+        """Where the run is kept."""
+        return self.keep.folder or f"runs/{self.name}"
+
+
+def _at_least(name: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{name} is {value}; it must be at least {low:g}.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value}; it must lie between {low:g} and {high:g}.")

@@ -1,0 +1,39 @@
+"""The errors a user can cause. Each says what was found, what must hold and what to change.
+
+Our own mistakes are asserts with a message; these classes are for what came from outside: a setting, a file,
+a full disk. The command line prints them as one line and exits with `exit_code`.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CounterflowError(Exception):
+    """A user's error: its text is all that the command line prints."""
+
+    exit_code = 2
+
+
+class ConfigError(CounterflowError):
+    """A setting that is unknown, of the wrong type, or impossible beside the others."""
+
+
+class DataError(CounterflowError):
+    """Text, tokenizer or token shards that are missing, empty, undecodable or corrupt."""
+
+
+class CheckpointError(CounterflowError):
+    """A checkpoint that is missing, truncated, of another model, or cannot be written."""
+
+
+class NonFiniteError(CounterflowError):
+    """A loss or gradient that is NaN or infinite; names step and layer."""
+
+    exit_code = 3
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint for a misspelt name: "did you mean 'x'?" or the list of what is known."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}."
