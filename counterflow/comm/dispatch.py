@@ -1,0 +1,72 @@
+"""How tokens reach their experts and come back: four calls that every backend answers alike.
+
+A token travels once to a rank that holds any of its experts, with the ids and gates that are meant for that rank;
+the receiver expands it to its pairs, gates the SwiGLU output, and sums before anything travels back. So `dispatch`
+moves rows and `combine` sums rows, and so do their backwards: the backward of combine is a dispatch of output
+gradients, the backward of dispatch a combine of input gradients, with the gates' gradient beside it.
+
+Calls return `Pending` because a transfer runs beside computation; `wait` orders what follows after it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where tokens go: for each the ids of its experts and the gates that weigh them."""
+
+    ids: Int[Tensor, "T K"]
+    gates: Float[Tensor, "T K"]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Rows that came to this rank, and for each which of this rank's experts it is for; −1 marks no expert."""
+
+    rows: Float[Tensor, "A D"]
+    ids: Int[Tensor, "A K"]
+    """Local expert ids."""
+    gates: Float[Tensor, "A K"]
+
+
+class Pending(Generic[Value]):
+    """A result under way."""
+
+    def __init__(self, value: Value, wait: Callable[[], None] = lambda: None) -> None:
+        self._value, self._wait = value, wait
+
+    def wait(self) -> Value:
+        """The result, once whatever follows on the current stream may use it."""
+        self._wait()
+        return self._value
+
+
+class Dispatcher(Protocol):
+    """A backend. `into` is the residual plus the shared experts' output, to which combine adds in one rounding."""
+
+    def dispatch(self, x: Float[Tensor, "T D"], route: Route) -> Pending[Arrived]:
+        """Each row once to every rank that holds one of its experts."""
+        ...
+
+    def combine(
+        self, y: Float[Tensor, "A D"], arrived: Arrived, into: Float[Tensor, "T D"]
+    ) -> Pending[Float[Tensor, "T D"]]:
+        """into + the sum of each token's rows, in fp32 and in a fixed order of ranks."""
+        ...
+
+    def combine_backward(self, dout: Float[Tensor, "T D"], arrived: Arrived) -> Pending[Float[Tensor, "A D"]]:
+        """The gradient of every arrived row's output: a dispatch of `dout`."""
+        ...
+
+    def dispatch_backward(
+        self, drows: Float[Tensor, "A D"], dgates: Float[Tensor, "A K"], arrived: Arrived
+    ) -> Pending[tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]]:
+        """The gradients of the tokens, summed over ranks, and of their gates."""
+        ...

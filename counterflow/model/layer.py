@@ -1,0 +1,168 @@
+"""A transformer layer as four parts, and its forward as their composition.
+
+ATTN is attention, the FFN's norm and the router; DISPATCH sends tokens to experts; MLP is the shared and the routed
+experts; COMBINE brings their sums home onto the residual. A pipeline issues the parts one by one, a plain pass calls
+`forward`: one path, so the overlapped one cannot drift. Dense layers are ATTN and MLP; their transfers are nothing.
+
+What a pass needs besides the hidden states comes as a `Context`, an argument: no global knows of shapes or ranks.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+
+from counterflow.comm.dispatch import Arrived, Dispatcher, Route
+from counterflow.config.model import ModelConfig
+from counterflow.model import balance, route
+from counterflow.model.debts import Ledger
+from counterflow.model.experts import Experts, GatedMlp
+from counterflow.model.linear import Linear
+from counterflow.model.mla import Attention, Norm
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every part of a pass over one micro-batch needs."""
+
+    sequences: int
+    """Sequences of the micro-batch, of equal length, laid end to end."""
+    rope: Complex[Tensor, "S R2"]
+    dispatcher: Dispatcher
+    ledger: Ledger | None = None
+    scale: float = 1.0
+    """1 / (target tokens of the global batch): what a token's loss is seeded with."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What one part hands the next."""
+
+    context: Context
+    h: Float[Tensor, "T D"]
+    """The residual stream; from MLP on with the shared experts' or the dense FFN's output added."""
+    u: Float[Tensor, "T D"] | None = None
+    """The FFN's normalised input."""
+    route: Route | None = None
+    arrived: Arrived | None = None
+    y: Float[Tensor, "A D"] | None = None
+    """The arrived rows' sums over their experts."""
+    balance: Float[Tensor, ""] | None = None
+    """The router's loss, scaled for backward. It arises and is seeded here, in the layer that has the router."""
+    counts: Int[Tensor, "E"] | None = None
+    """Tokens given to each expert."""
+
+
+class Router(nn.Module):
+    """Scores of every expert, the choice, and the balance loss. The bias is a buffer that `balance.step_bias` moves."""
+
+    bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.score = Linear(config.hidden_size, config.num_routed_experts, fp32=True)
+        self.register_buffer("bias", torch.zeros(config.num_routed_experts))
+
+    def forward(
+        self, u: Float[Tensor, "T D"], context: Context
+    ) -> tuple[Route, Float[Tensor, ""], Int[Tensor, "E"]]:
+        """Route, scaled balance loss and counts of the tokens."""
+        scores = route.affinities(self.score(u, context.ledger))
+        ids = route.choose(scores, self.bias, self.config)
+        gates = route.gates(scores, ids, self.config.routed_scaling_factor)
+        return Route(ids, gates), self._loss(scores, ids, context), route.loads(ids, scores.shape[-1])
+
+    def _loss(self, scores: Tensor, ids: Tensor, context: Context) -> Tensor:
+        settings, loss = self.config.balance, scores.new_zeros(())
+        if settings.sequence_alpha:
+            by_sequence = scores.view(context.sequences, -1, scores.shape[-1])
+            losses = balance.sequence_loss(by_sequence, ids.shape[-1], settings.sequence_alpha)
+            loss = loss + losses.mean()
+        if settings.auxiliary != "none":
+            loss = loss + balance.auxiliary_loss(scores, ids, settings)
+        return loss * (len(scores) * context.scale)
+
+
+class Layer(nn.Module):
+    """x += attention(norm x); x += FFN(norm x), the FFN dense or a mixture of experts. [Fig. 2]"""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.is_moe = config.is_moe(index)
+        self.attn_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = Norm(config.hidden_size, config.rms_norm_eps)
+        if not self.is_moe:
+            self.dense = GatedMlp(config.hidden_size, config.dense_intermediate_size)
+            return
+        self.router = Router(config)
+        self.experts = Experts(config.num_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        shared = config.num_shared_experts * config.moe_intermediate_size
+        self.shared = GatedMlp(config.hidden_size, shared) if shared else None
+
+    def attn(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
+        """ATTN: attention onto the residual, the FFN's norm, and the route with its balance loss."""
+        attended = self.attention(self.attn_norm(h), context.sequences, context.rope, context.ledger)
+        h = h + attended
+        u = self.ffn_norm(h)
+        if not self.is_moe:
+            return Flow(context, h, u)
+        chosen, loss, counts = self.router(u, context)
+        return Flow(context, h, u, chosen, balance=loss, counts=counts)
+
+    def dispatch(self, flow: Flow) -> Flow:
+        """DISPATCH: every token to the ranks of its experts."""
+        if flow.route is None or flow.u is None:
+            return flow
+        ticket: list[Arrived] = []
+        rows, gates = _Dispatch.apply(flow.u, flow.route.gates, flow.route.ids, flow.context.dispatcher, ticket)
+        return replace(flow, arrived=replace(ticket[0], rows=rows, gates=gates))
+
+    def mlp(self, flow: Flow) -> Flow:
+        """MLP: the dense FFN, or the shared experts onto the residual and the routed ones on what arrived."""
+        assert flow.u is not None, "MLP follows ATTN, which makes the FFN's input"
+        if flow.arrived is None:
+            return replace(flow, h=flow.h + self.dense(flow.u, flow.context.ledger), u=None)
+        h = flow.h if self.shared is None else flow.h + self.shared(flow.u, flow.context.ledger)
+        return replace(flow, h=h, u=None, y=self.experts(flow.arrived, flow.context.ledger))
+
+    def combine(self, flow: Flow) -> Flow:
+        """COMBINE: the experts' sums back onto the residual."""
+        if flow.y is None or flow.arrived is None:
+            return flow
+        h = _Combine.apply(flow.y, flow.h, flow.context.dispatcher, flow.arrived)
+        return replace(flow, h=h, route=None, arrived=None, y=None)
+
+    def forward(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
+        """The four parts one after another."""
+        return self.combine(self.mlp(self.dispatch(self.attn(h, context))))
+
+
+class _Dispatch(torch.autograd.Function):
+    """`ticket` receives what arrived: combine and both backwards name it to the backend."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, dispatcher: Dispatcher, ticket: list) -> Any:
+        arrived = dispatcher.dispatch(x, Route(ids, gates)).wait()
+        ticket.append(arrived)
+        ctx.dispatcher, ctx.arrived = dispatcher, replace(arrived, rows=arrived.rows[:0])
+        return arrived.rows.view_as(arrived.rows), arrived.gates.view_as(arrived.gates)
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor, dgates: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, dgates = ctx.dispatcher.dispatch_backward(drows, dgates, ctx.arrived).wait()
+        return dx, dgates, None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, into: Tensor, dispatcher: Dispatcher, arrived: Arrived) -> Tensor:
+        ctx.dispatcher, ctx.arrived = dispatcher, replace(arrived, rows=arrived.rows[:0])
+        return dispatcher.combine(y, arrived, into).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.dispatcher.combine_backward(dout, ctx.arrived).wait(), dout, None, None

@@ -1,0 +1,215 @@
+"""The whole model in one process: embedding, layers, final norm, MTP modules, head. The plain loop that every
+parallel path is held against.
+
+A sample is S + 1 tokens: S inputs with their S next-token targets; prediction depth k has S − k targets left. The
+loss of a token is seeded with 1 / (target tokens of the global batch) and every reduction is a sum, so micro-batches
+and ranks add up to the same gradient however the batch is cut. Counts of routed tokens are returned, not stored.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from counterflow.comm import DISPATCHERS
+from counterflow.config.model import ModelConfig
+from counterflow.kernels.head import cross_entropy
+from counterflow.model.debts import Ledger, main_grad
+from counterflow.model.layer import Context, Flow, Layer
+from counterflow.model.mla import Norm
+from counterflow.model.mtp import MtpModule
+from counterflow.model.rope import rope_table
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a pass over samples gives."""
+
+    total: Float[Tensor, ""]
+    """Scaled main + λ/D Σ MTP + balance losses: what backward starts from."""
+    nll: tuple[Float[Tensor, ""], ...]
+    """Unscaled sums of −log p in nats: the main model's, then each depth's."""
+    balance: Float[Tensor, ""]
+    """Scaled balance losses of all layers."""
+    counts: Int[Tensor, "L E"]
+    """Tokens given to each expert of each MoE layer, MTP's last."""
+
+
+class Embedding(nn.Module):
+    """Rows of the embedding matrix; its gradient is added on the spot, since nothing waits for less."""
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, width))
+
+    def forward(self, tokens: Int[Tensor, "*T"], ledger: Ledger | None = None) -> Float[Tensor, "T D"]:
+        """EMBED: one row a token, flattened."""
+        return _Embed.apply(tokens.flatten(), self.weight, ledger)  # pyright: ignore[reportReturnType]
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V3 model with its MTP modules."""
+
+    rope: Tensor
+
+    def __init__(self, config: ModelConfig, dispatch: str = "local") -> None:
+        super().__init__()
+        self.config = config
+        self.dispatcher = DISPATCHERS[dispatch](config)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.mtp = nn.ModuleList(MtpModule(config, depth) for depth in range(1, config.num_mtp_modules + 1))
+        self.recompute = False
+
+    def context(self, sequences: int, length: int, **settings: Any) -> Context:
+        """A pass over `sequences` sequences of `length` tokens."""
+        return Context(sequences, self.rope_for(length), self.dispatcher, **settings)
+
+    def rope_for(self, length: int) -> Complex[Tensor, "S R2"]:
+        """The rotary table of the first `length` positions, on the model's device."""
+        return rope_table(self.config, length).to(self.head.device)
+
+    def forward(
+        self,
+        samples: Int[Tensor, "B S1"],
+        scale: float | None = None,
+        mtp_weight: float = 0.0,
+        ledger: Ledger | None = None,
+    ) -> Losses:
+        """Losses of samples of S + 1 tokens; `scale` is 1 / (B S) unless the batch is larger than these. [Eq. 25]
+
+        MTP modules run only where `mtp_weight` (λ) is above 0.   Cost of keeping activations: see `recompute`.
+        """
+        sequences, length = samples.shape[0], samples.shape[1] - 1
+        scale = 1.0 / (sequences * length) if scale is None else scale
+        context = self.context(sequences, length, ledger=ledger, scale=scale)
+        h, flows = self.trunk(samples[:, :-1], context)
+        total, nll = head_loss(h, self.head, samples[:, 1:], scale, ledger)
+        nlls = [nll]
+        for depth, module in enumerate(self.mtp if mtp_weight else (), start=1):
+            h = h.view(sequences, -1, h.shape[-1])[:, :-1].flatten(0, 1)
+            h, flow = self.deepen(module, h, samples[:, depth:-1], context)
+            flows.append(flow)
+            weight = scale * mtp_weight / len(self.mtp)
+            loss, nll = head_loss(h, self.head, samples[:, depth + 1 :], weight, ledger)
+            total = total + loss
+            nlls.append(nll)
+        balances = [flow.balance for flow in flows if flow.balance is not None]
+        balance = torch.stack(balances).sum() if balances else total.new_zeros(())
+        counts = [flow.counts for flow in flows if flow.counts is not None]
+        experts = self.config.num_routed_experts
+        stacked = torch.stack(counts) if counts else torch.zeros(0, experts, dtype=torch.int64)
+        return Losses(total + balance, tuple(nlls), balance.detach(), stacked)
+
+    def trunk(self, tokens: Int[Tensor, "B S"], context: Context) -> tuple[Float[Tensor, "T D"], list[Flow]]:
+        """Hidden states after the final norm, and the layers' flows."""
+        h, flows = self.embed(tokens, context.ledger), []
+        for layer in self.layers:
+            flow = self._run(layer, h, context)
+            h = flow.h
+            flows.append(flow)
+        return self.norm(h), flows
+
+    def deepen(
+        self, module: nn.Module, h: Float[Tensor, "T D"], ahead: Int[Tensor, "B S"], context: Context
+    ) -> tuple[Float[Tensor, "T D"], Flow]:
+        """One MTP depth further: hidden states after the module's final norm, and its layer's flow. [Eq. 23]"""
+        context = replace(context, rope=context.rope[: ahead.shape[1]])
+        flow = self._run(module, h, self.embed(ahead, context.ledger), context)
+        return module.norm(flow.h), flow
+
+    def logits(self, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+        """Next-token logits of the main model; MTP modules take no part."""
+        h, _ = self.trunk(tokens, self.context(*tokens.shape))
+        return (h @ self.head.t()).view(*tokens.shape, -1)
+
+    def draft_logits(self, tokens: Int[Tensor, "B S"]) -> list[Float[Tensor, "B Sk V"]]:
+        """Logits of every MTP depth k for positions 0 … S − k − 1, each for the token k + 1 ahead. [Eq. 23]"""
+        context = self.context(*tokens.shape)
+        h, _ = self.trunk(tokens, context)
+        drafts = []
+        for depth, module in enumerate(self.mtp, start=1):
+            h = h.view(len(tokens), -1, h.shape[-1])[:, :-1].flatten(0, 1)
+            h, _ = self.deepen(module, h, tokens[:, depth:], context)
+            drafts.append((h @ self.head.t()).view(len(tokens), -1, len(self.head)))
+        return drafts
+
+    def _run(self, module: nn.Module, *inputs: Any) -> Flow:
+        if self.recompute and torch.is_grad_enabled():
+            flow = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(flow, Flow), "a layer gives a Flow"
+            return flow
+        return module(*inputs)
+
+
+def head_loss(
+    h: Float[Tensor, "T D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int[Tensor, "B S"],
+    scale: float,
+    ledger: Ledger | None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """HEAD: scale × Σ −log p(target), to differentiate, and the plain sum in nats. [Eq. 24]"""
+    return _HeadLoss.apply(h, weight, targets.flatten(), scale, ledger)  # pyright: ignore[reportReturnType]
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, scale: float, ledger: Any) -> Any:
+        dweight = None
+        if any(ctx.needs_input_grad[:2]):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            dweight = torch.zeros_like(weight, dtype=wide) if ledger is None else main_grad(weight)
+        nll, dh = cross_entropy(h, weight, targets, dweight, scale)
+        ctx.save_for_backward(*(() if dh is None else (dh, dweight) if ledger is None else (dh,)))
+        ctx.dtype = weight.dtype
+        total = nll.sum()
+        ctx.mark_non_differentiable(total)
+        return total * scale, total
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dh, *dweight = ctx.saved_tensors
+        if not dweight:
+            # The head's gradient was added in forward, seeded with 1, so the loss must be the root of backward.
+            return dh, None, None, None, None
+        return dh * dloss.to(dh.dtype), (dweight[0] * dloss).to(ctx.dtype), None, None, None
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, ledger: Ledger | None) -> Tensor:
+        ctx.ledger = ledger
+        ctx.save_for_backward(tokens, weight)
+        return weight[tokens]
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tokens, weight = ctx.saved_tensors
+        if ctx.ledger is None:
+            return None, torch.ops.aten.embedding_dense_backward(dh, tokens, len(weight), -1, False), None
+        total = main_grad(weight)
+        total.index_add_(0, tokens, dh.to(total.dtype))
+        return None, None, None
+
+
+def initialise(model: Transformer, seed: int) -> None:
+    """Normal weights of the configured deviation, gains 1, biases 0; a function of seed and name order alone. [§4.2]
+
+    Drawn in fp32 on the CPU, so that every device and precision starts from the same numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.dim() == 1:
+                value.fill_(1.0)
+            else:
+                drawn = torch.empty(value.shape, dtype=torch.float32)
+                value.copy_(drawn.normal_(0.0, model.config.initializer_std, generator=generator))
+        for buffer in model.buffers():
+            buffer.zero_()

@@ -1,0 +1,141 @@
+"""Names and layouts of the released checkpoints, both ways.
+
+One list of entries says for every parameter here which released tensors it is made of and how: as it is, stacked
+over experts, or two halves side by side. Reading and writing walk the same list, so they cannot disagree. MTP module
+k stands at `model.layers.{num_layers + k}` and carries copies of embedding and head, written from the shared ones
+and, on reading, required to equal them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from counterflow.config.model import ModelConfig
+from counterflow.errors import CheckpointError
+from counterflow.model.transformer import Transformer
+
+EXPERT_PARTS = (("gate_proj", "up_proj"), ("down_proj",))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of ours: its name, and the released names of its rows' parts, expert by expert if stacked."""
+
+    name: str
+    released: tuple[tuple[str, ...], ...]
+    """Per expert (a single item if not stacked) the released tensors that stand one under another."""
+    stacked: bool = False
+
+
+def entries(config: ModelConfig) -> Iterator[Entry]:
+    """Every parameter and buffer of a model of this config, in order."""
+    yield _plain("embed.weight", "model.embed_tokens.weight")
+    for index in range(config.num_layers):
+        yield from _layer(config, f"layers.{index}", f"model.layers.{index}", config.is_moe(index))
+    yield _plain("norm.weight", "model.norm.weight")
+    yield _plain("head", "lm_head.weight")
+    for depth in range(config.num_mtp_modules):
+        ours, theirs = f"mtp.{depth}", f"model.layers.{config.num_layers + depth}"
+        yield _plain(f"{ours}.embed_norm.weight", f"{theirs}.enorm.weight")
+        yield _plain(f"{ours}.hidden_norm.weight", f"{theirs}.hnorm.weight")
+        yield _plain(f"{ours}.join.weight", f"{theirs}.eh_proj.weight")
+        yield _plain(f"{ours}.norm.weight", f"{theirs}.shared_head.norm.weight")
+        yield from _layer(config, f"{ours}.layer", theirs, is_moe=True)
+
+
+def shared_copies(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """(ours, released) of the copies of embedding and head that every released MTP module carries."""
+    for depth in range(config.num_mtp_modules):
+        theirs = f"model.layers.{config.num_layers + depth}"
+        yield "embed.weight", f"{theirs}.embed_tokens.weight"
+        yield "head", f"{theirs}.shared_head.head.weight"
+
+
+def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterator[Entry]:
+    yield _plain(f"{ours}.attn_norm.weight", f"{theirs}.input_layernorm.weight")
+    attention = [("kv_down", "kv_a_proj_with_mqa"), ("kv_norm", "kv_a_layernorm"), ("kv_up", "kv_b_proj")]
+    if config.q_lora_rank:
+        attention += [("q_down", "q_a_proj"), ("q_norm", "q_a_layernorm"), ("q_up", "q_b_proj")]
+    else:
+        attention += [("q_up", "q_proj")]
+    for mine, name in [*attention, ("out", "o_proj")]:
+        yield _plain(f"{ours}.attention.{mine}.weight", f"{theirs}.self_attn.{name}.weight")
+    yield _plain(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
+    if not is_moe:
+        yield from _gated(f"{ours}.dense", [f"{theirs}.mlp"])
+        return
+    yield _plain(f"{ours}.router.score.weight", f"{theirs}.mlp.gate.weight")
+    yield _plain(f"{ours}.router.bias", f"{theirs}.mlp.gate.e_score_correction_bias")
+    experts = [f"{theirs}.mlp.experts.{expert}" for expert in range(config.num_routed_experts)]
+    yield from _gated(f"{ours}.experts", experts, stacked=True)
+    if config.num_shared_experts:
+        yield from _gated(f"{ours}.shared", [f"{theirs}.mlp.shared_experts"])
+
+
+def _plain(ours: str, theirs: str) -> Entry:
+    return Entry(ours, ((theirs,),))
+
+
+def _gated(ours: str, prefixes: list[str], stacked: bool = False) -> Iterator[Entry]:
+    for mine, parts in zip(("gate_up", "down"), EXPERT_PARTS):
+        released = tuple(tuple(f"{prefix}.{part}.weight" for part in parts) for prefix in prefixes)
+        yield Entry(f"{ours}.{mine}", released, stacked)
+
+
+def to_released(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model under its released name; views where the layout allows."""
+    mine = dict(model.state_dict())
+    for entry in entries(model.config):
+        blocks = mine[entry.name] if entry.stacked else mine[entry.name][None]
+        for block, names in zip(blocks, entry.released):
+            yield from zip(names, block.chunk(len(names)))
+    for name, copy in shared_copies(model.config):
+        yield copy, mine[name]
+
+
+@torch.no_grad()
+def load_released(model: Transformer, read: Callable[[str], Tensor], names: set[str]) -> None:
+    """Fill the model from released tensors: `names` are there, `read` gives one.
+
+    Fails (CheckpointError) with the tensor's name where one is missing, of another shape, or left over. MTP copies
+    of embedding and head may be missing, but may not differ.   Cost: one tensor at a time in memory beside the model.
+    """
+    mine, left = dict(model.state_dict()), set(names)
+    for entry in entries(model.config):
+        target = mine[entry.name] if entry.stacked else mine[entry.name][None]
+        for block, parts in zip(target, entry.released):
+            for part, name in zip(block.chunk(len(parts)), parts):
+                part.copy_(_read(read, name, names, part))
+                left.discard(name)
+    for name, copy in shared_copies(model.config):
+        if copy in left:
+            left.discard(copy)
+            if not torch.equal(_read(read, copy, names, mine[name]).to(mine[name]), mine[name]):
+                raise CheckpointError(f"'{copy}' differs from '{name}'; MTP modules share the main model's tensor.")
+    if left:
+        first = sorted(left)[0]
+        raise CheckpointError(
+            f"'{first}' and {len(left) - 1} more tensors have no place in this model; the config must describe the "
+            "checkpoint: compare num_hidden_layers, num_nextn_predict_layers and n_routed_experts."
+        )
+
+
+def _read(read: Callable[[str], Tensor], name: str, names: set[str], like: Tensor) -> Tensor:
+    if name not in names:
+        raise CheckpointError(
+            f"tensor '{name}' is not in the checkpoint; the config promises it: check the config's sizes, or that "
+            "all shards are there."
+        )
+    tensor = read(name)
+    if tensor.shape != like.shape:
+        raise CheckpointError(
+            f"tensor '{name}' is {list(tensor.shape)}; the config makes it {list(like.shape)}: check the config's sizes."
+        )
+    return tensor
+
+
+def from_mapping(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
+    """`load_released` from tensors already in memory."""
+    load_released(model, tensors.__getitem__, set(tensors))
