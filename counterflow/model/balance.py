@@ -33,7 +33,7 @@ def sequence_loss(scores: Float[Tensor, "B S E"], num_chosen: int, alpha: float)
     """α Σ f P of each sequence: its fractions chosen times its mean normalised scores. [Eq. 17-20]"""
     experts = scores.shape[-1]
     chosen = scores.detach().topk(num_chosen, dim=-1, sorted=False).indices
-    f = _frequencies(chosen, experts)
+    f = _frequencies(chosen, experts).to(scores.dtype)
     p = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).mean(1)
     return alpha * (f * p).sum(-1)
 
@@ -48,7 +48,7 @@ def auxiliary_loss(
     """
     if balance.auxiliary == "gshard":
         ids = scores.detach().argmax(-1, keepdim=True)
-    f = _frequencies(ids[None], scores.shape[-1])[0]
+    f = _frequencies(ids[None], scores.shape[-1])[0].to(scores.dtype)
     p = (scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)).mean(0)
     return balance.auxiliary_alpha * (f * p).sum()
 
@@ -56,6 +56,6 @@ def auxiliary_loss(
 def _frequencies(chosen: Int[Tensor, "B S K"], experts: int) -> Float[Tensor, "B E"]:
     """Share of the choices that fell on each expert, times E: 1 is even."""
     batch, length, num_chosen = chosen.shape
-    counts = torch.zeros(batch, experts, device=chosen.device)
+    counts = torch.zeros(batch, experts, dtype=torch.float64, device=chosen.device)
     counts.scatter_add_(1, chosen.flatten(1), counts.new_ones(()).expand(batch, length * num_chosen))
     return counts * (experts / (num_chosen * length))

@@ -32,8 +32,8 @@ class Context:
     rope: Complex[Tensor, "S R2"]
     dispatcher: Dispatcher
     ledger: Ledger | None = None
-    scale: float = 1.0
-    """1 / (target tokens of the global batch): what a token's loss is seeded with."""
+    sequence_scale: float = 1.0
+    """1 / (sequences of the global batch): what a sequence's balance loss is seeded with."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Router(nn.Module):
             loss = loss + losses.mean()
         if settings.auxiliary != "none":
             loss = loss + balance.auxiliary_loss(scores, ids, settings)
-        return loss * (len(scores) * context.scale)
+        return loss * (context.sequences * context.sequence_scale)
 
 
 class Layer(nn.Module):
@@ -148,7 +148,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, dispatcher: Dispatcher, ticket: list) -> Any:
         arrived = dispatcher.dispatch(x, Route(ids, gates)).wait()
         ticket.append(arrived)
-        ctx.dispatcher, ctx.arrived = dispatcher, replace(arrived, rows=arrived.rows[:0])
+        ctx.dispatcher, ctx.arrived = dispatcher, arrived
         return arrived.rows.view_as(arrived.rows), arrived.gates.view_as(arrived.gates)
 
     @staticmethod
@@ -160,7 +160,7 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, into: Tensor, dispatcher: Dispatcher, arrived: Arrived) -> Tensor:
-        ctx.dispatcher, ctx.arrived = dispatcher, replace(arrived, rows=arrived.rows[:0])
+        ctx.dispatcher, ctx.arrived = dispatcher, arrived
         return dispatcher.combine(y, arrived, into).wait()
 
     @staticmethod

@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         """
         sequences, length = samples.shape[0], samples.shape[1] - 1
         scale = 1.0 / (sequences * length) if scale is None else scale
-        context = self.context(sequences, length, ledger=ledger, scale=scale)
+        context = self.context(sequences, length, ledger=ledger, sequence_scale=scale * length)
         h, flows = self.trunk(samples[:, :-1], context)
         total, nll = head_loss(h, self.head, samples[:, 1:], scale, ledger)
         nlls = [nll]
