@@ -10,7 +10,7 @@ Calls return `Pending` because a transfer runs beside computation; `wait` orders
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -48,6 +48,7 @@ class Pending(Generic[Value]):
         return self._value
 
 
+@runtime_checkable
 class Dispatcher(Protocol):
     """A backend. `into` is the residual plus the shared experts' output, to which combine adds in one rounding."""
 

@@ -35,13 +35,14 @@ def cross_entropy(
     With `dweight` (fp32) given, scale × the weight's gradient is added to it; without, no gradient is made at all.
     Cost: one product forward and two for the gradients.   Memory: one block of logits.
     """
-    nll = h.new_empty(len(h), dtype=max_precision(h.dtype))
+    wide = torch.promote_types(h.dtype, torch.float32)
+    nll = h.new_empty(len(h), dtype=wide)
     dh = torch.empty_like(h) if dweight is not None else None
     blocks = token_blocks(len(h), len(weight), h.is_cuda)
     for start in blocks:
         rows = slice(start, min(start + blocks.step, len(h)))
         logits = h[rows] @ weight.t()
-        p = torch.softmax(logits, dim=-1, dtype=max_precision(logits.dtype))
+        p = torch.softmax(logits, dim=-1, dtype=wide)
         target = targets[rows, None]
         # log Σ exp without another pass: the largest probability is 1 / Σ exp(logit − largest logit).
         log_sum = logits.amax(-1).to(p.dtype) - p.amax(-1).log()
@@ -52,7 +53,3 @@ def cross_entropy(
             add_product(dweight, dlogits, h[rows])
     return nll, dh
 
-
-def max_precision(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 where the operands are fp64 (gradient checks)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

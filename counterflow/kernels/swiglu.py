@@ -27,7 +27,7 @@ def swiglu_backward(
     out = silu * right
     dgates = None
     if gates is not None:
-        dgates = torch.linalg.vecdot(dout.float(), out.float())
+        dgates = torch.linalg.vecdot(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, out)))
         column = gates.to(out.dtype)[:, None]
         dout, out = dout * column, out.mul_(column)
     dgate_up = torch.empty_like(gate_up)
