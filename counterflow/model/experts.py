@@ -10,6 +10,7 @@ gathered again and the SwiGLU output made again where the weight gradients need 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -44,6 +45,11 @@ def sort_pairs(ids: Int[Tensor, "A K"], num_experts: int) -> Pairs:
     return Pairs(slots // ids.shape[1], slots, places, ends)
 
 
+def sum_pairs(values: Float[Tensor, "P D"], pairs: Pairs, shape: torch.Size) -> Float[Tensor, "A D"]:
+    """Each row's sum over its K pairs, in the order of its ids; `shape` is (A, K)."""
+    return F.embedding_bag(pairs.places.view(shape), values, mode="sum")
+
+
 class Experts(nn.Module):
     """The routed experts held here. Their part of h' = u + Σ shared(u) + Σ gᵢ expertᵢ(u). [Eq. 12]"""
 
@@ -63,19 +69,19 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, ledger: Any) -> Any:
         pairs = sort_pairs(ids, len(gate_up))
-        inner = grouped_matmul(x[pairs.rows], gate_up.transpose(1, 2), pairs.ends)
+        inner = grouped_matmul(x.index_select(0, pairs.rows), gate_up.transpose(1, 2), pairs.ends)
         out = grouped_matmul(swiglu(inner, gates.flatten()[pairs.slots]), down.transpose(1, 2), pairs.ends)
         ctx.ledger = ledger
         ctx.save_for_backward(x, gates, gate_up, down, inner, *pairs)
-        return out[pairs.places].view(*ids.shape, -1).sum(1)
+        return sum_pairs(out, pairs, ids.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gates, gate_up, down, inner, *indices = ctx.saved_tensors
         pairs = Pairs(*indices)
-        dz = grouped_matmul(dy[pairs.rows], down, pairs.ends)
+        dz = grouped_matmul(dy.index_select(0, pairs.rows), down, pairs.ends)
         dinner, dgates, z = swiglu_backward(dz, inner, gates.flatten()[pairs.slots])
-        dx = grouped_matmul(dinner, gate_up, pairs.ends)[pairs.places].view(*gates.shape, -1).sum(1)
+        dx = sum_pairs(grouped_matmul(dinner, gate_up, pairs.ends), pairs, gates.shape)
         assert dgates is not None, "gates were given, so their gradient comes back"
         dgates = dgates[pairs.places].view_as(gates).to(gates.dtype)
         ddown = _settle(ctx.ledger, down, dy, pairs, z, gather_right=False)
@@ -89,7 +95,10 @@ def _settle(
     """The grouped weight gradient leftᵀ right; the operand that is per row is gathered to pairs when paid."""
 
     def add_to(total: Tensor) -> None:
-        dy, x = (left, right[pairs.rows]) if gather_right else (left[pairs.rows], right)
+        if gather_right:
+            dy, x = left, right.index_select(0, pairs.rows)
+        else:
+            dy, x = left.index_select(0, pairs.rows), right
         add_grouped_product(total, dy, x, pairs.ends)
 
     if ledger is None:
