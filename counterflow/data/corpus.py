@@ -1,0 +1,305 @@
+"""Where text comes from, and which of it is never trained on.
+
+The default corpus is the running Python's own standard library: real text that is on every machine without a
+download, of the kind that HumanEval asks for. It is under the PSF licence, is read in place and never
+redistributed. It differs a little from one Python version to the next, so a corpus is known by the hash of
+its texts, never by its name. Left out: tests, bundled wheels, what was built on this machine (its paths), and
+whatever was installed later.
+
+A text is held out when its own hash says so: no list to keep, no dependence on order or on file names, and
+two copies of one text always fall on the same side. Not taken: a random split by position, which moves when a
+file is added. Where hashing leaves one side empty (a single book, a handful of notes), the tail of every
+document is held out.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from glob import glob, has_magic
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from sysconfig import get_path
+from typing import NamedTuple
+
+from counterflow.config.run import Source
+from counterflow.data.cache import build_once, key_of
+from counterflow.errors import DataError, nearest
+
+STDLIB = "python-stdlib"
+STDLIB_LEFT_OUT = frozenset(
+    "test tests idle_test site-packages dist-packages lib-dynload ensurepip __pycache__".split()
+)
+TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
+VERSION = 1
+"""Raised when the same files would give other documents or another split."""
+
+
+class Document(NamedTuple):
+    """One text; `name` says where it stands, `digest` (32 bytes) decides its side and its FIM cuts."""
+
+    name: str
+    text: str
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a source found."""
+
+    hash: str
+    """Of all texts in order."""
+    documents: int
+    bytes: int
+    tails: bool
+    """Held out are the documents' tails, since hashing left one side empty."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one source, in two parts. Iterators read the files anew each time."""
+
+    source: Source
+    share: float
+    """The share held out."""
+    survey: Survey
+
+    def train(self) -> Iterator[Document]:
+        """The documents trained on."""
+        for document in documents(self.source):
+            if self.survey.tails:
+                head = document.text[: tail_start(document.text, self.share)]
+                if head:
+                    yield document._replace(text=head)
+            elif not is_held_out(document.digest, self.share):
+                yield document
+
+    def held_out(self) -> Iterator[Document]:
+        """The documents never trained on."""
+        for document in documents(self.source):
+            if self.survey.tails:
+                tail = document.text[tail_start(document.text, self.share) :]
+                if tail:
+                    yield document._replace(text=tail)
+            elif is_held_out(document.digest, self.share):
+                yield document
+
+    @property
+    def key(self) -> str:
+        """Names texts and split."""
+        return key_of("corpus", VERSION, self.survey.hash, self.share)
+
+
+def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
+    """A source, surveyed once: the result is kept under the sizes and times of its files.
+
+    Fails: DataError if there is no text, or none on one of the two sides.
+    """
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files(source)]
+    folder = cache / "corpora" / key_of(VERSION, os.path.abspath(source.path), source.field, share, stats)
+    build_once(
+        folder, lambda new: (new / "survey.json").write_text(json.dumps(asdict(survey(source, share))))
+    )
+    try:
+        found = Survey(**json.loads((folder / "survey.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder} is damaged ({error}); delete that folder, it is rebuilt.") from error
+    return Corpus(source, share, found)
+
+
+def survey(source: Source, share: float) -> Survey:
+    """Reads all of a source once."""
+    total, num, size, num_held, any_split = blake2b(digest_size=16), 0, 0, 0, False
+    for document in documents(source):
+        total.update(document.digest)
+        num, size = num + 1, size + len(document.text.encode())
+        num_held += is_held_out(document.digest, share)
+        any_split |= 0 < tail_start(document.text, share) < len(document.text)
+    if not num:
+        raise DataError(
+            f"source '{source.path}' holds no text: its documents are empty or blank. Give files with text, "
+            "or the right key or column as its field."
+        )
+    tails = num_held in (0, num)
+    if share == 0 or (tails and not any_split):
+        raise DataError(
+            f"data.held_out is {share:g} and source '{source.path}' has {num} document(s), {size} bytes, "
+            "which leaves nothing for training or nothing held out; both are needed. Give more text, or set "
+            "data.held_out=0.1."
+        )
+    return Survey(total.hexdigest(), num, size, tails)
+
+
+def is_held_out(digest: bytes, share: float) -> bool:
+    """Whether a document's hash, read as a number from 0 to 1, falls under the share."""
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def tail_start(text: str, share: float) -> int:
+    """Where the held-out tail begins: after the last line break before the share, or right there without one."""
+    cut = int(len(text) * (1 - share))
+    return text.rfind("\n", 0, cut) + 1 or cut
+
+
+def documents(source: Source) -> Iterator[Document]:
+    """All documents of a source that are not blank, files in sorted order."""
+    for name, path in files(source):
+        for where, text in _texts(name, path, source.field):
+            if not text.strip():
+                continue
+            try:
+                yield Document(where, text, blake2b(text.encode(), digest_size=32).digest())
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{path}: the text of {where} holds half a surrogate pair at character {error.start}; "
+                    "text must be Unicode. Escape the whole pair, or drop that row."
+                ) from error
+
+
+def files(source: Source) -> list[tuple[str, Path]]:
+    """(name relative to the source, file), sorted by name."""
+    if source.path == STDLIB:
+        return _stdlib()
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        if path.suffix not in TEXT + ROWS:
+            raise DataError(
+                f"{path} is not text that is known here; files must end in {_suffixes()}: rename it."
+            )
+        return [(path.name, path)]
+    if path.is_dir():
+        found = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if _usable(p.relative_to(path))]
+    elif has_magic(source.path):
+        found = [
+            (Path(p).as_posix(), Path(p)) for p in glob(str(path), recursive=True) if _usable(Path(p).name)
+        ]
+    else:
+        raise DataError(
+            f"source '{source.path}' is not there; data.sources must name files, folders or globs, or "
+            f"'{STDLIB}': {_near(path)}"
+        )
+    found = sorted((name, p) for name, p in found if p.is_file())
+    if not found:
+        raise DataError(
+            f"source '{source.path}' has no file that ends in {_suffixes()}; at least one is needed. Point "
+            "it at the folder or files that hold the text."
+        )
+    return found
+
+
+def _stdlib() -> list[tuple[str, Path]]:
+    root = Path(get_path("stdlib"))
+    found = []
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        built_here = name.parts[0].startswith(("config-", "_sysconfigdata", "_sysconfig_vars"))
+        if not built_here and not STDLIB_LEFT_OUT.intersection(name.parts):
+            found.append((name.as_posix(), path))
+    if not found:
+        raise DataError(
+            f"this Python keeps no .py files in {root}; '{STDLIB}' needs an unzipped standard library. Give "
+            "your own text with data.sources."
+        )
+    return sorted(found)
+
+
+def _usable(name: str | Path) -> bool:
+    """A known suffix, and in no hidden or cache folder."""
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return not hidden and PurePosixPath(name).suffix in TEXT + ROWS
+
+
+def _suffixes() -> str:
+    return ", ".join(TEXT + ROWS)
+
+
+def _near(path: Path) -> str:
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(path.name, beside) if beside else f"there is no folder {path.parent} either."
+
+
+def _texts(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
+    """(where, text) of one file."""
+    try:
+        if path.suffix in TEXT:
+            yield name, _decode(path.read_bytes(), str(path), 0)
+        elif path.suffix == ".jsonl":
+            yield from _jsonl(name, path, field)
+        else:
+            yield from _parquet(name, path, field)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error}. Allow reading it, or leave it out of data.sources."
+        ) from error
+
+
+def _decode(raw: bytes, where: str, offset: int) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8; text must be "
+            "UTF-8. Convert the file (iconv -t UTF-8), or leave it out of data.sources."
+        ) from error
+
+
+def _jsonl(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
+    offset = 0
+    with open(path, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            line = _decode(raw, f"{path}:{number}", offset)
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"{path}:{number} is not JSON ({error}); .jsonl holds one object a line. Mend or drop "
+                    "that line."
+                ) from error
+            known = row.keys() if isinstance(row, dict) else ()
+            if field not in known:
+                raise _no_field(f"{path}:{number}", field, known)
+            if not isinstance(row[field], str):
+                raise DataError(
+                    f"{path}:{number}: '{field}' is {type(row[field]).__name__}; it must be a string. Name "
+                    "another key as the source's field, or mend that line."
+                )
+            yield f"{name}:{number}", row[field]
+
+
+def _parquet(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise DataError(
+            f"{path} is parquet, which needs pyarrow, and that is not installed: "
+            "pip install counterflow[parquet]."
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise _no_field(str(path), field, file.schema_arrow.names)
+            column, number = file.schema_arrow.field(field).type, 0
+            if not (pyarrow.types.is_string(column) or pyarrow.types.is_large_string(column)):
+                raise DataError(
+                    f"{path}: column '{field}' is {column}; it must hold strings. Name another as the "
+                    "source's field."
+                )
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    yield f"{name}:{number}", text or ""
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is no readable parquet file ({error}); write it anew or leave it out."
+        ) from error
+
+
+def _no_field(where: str, field: str, known: object) -> DataError:
+    names = [str(name) for name in known] if known else []  # type: ignore[union-attr]
+    hint = nearest(field, names) if names else "it holds no object with keys."
+    return DataError(f"{where} has no '{field}'; a source's field must name where its text is: {hint}")

@@ -1,0 +1,146 @@
+"""Samples by their global index: everything a run asks of its text.
+
+A sample is sequence_length + 1 tokens, inputs and targets in one. The loader takes (index, count) and knows
+no ranks, no batches and no position: pipes, micro-batches and data ranks take slices of the same numbering.
+Not taken: an iterator with a state to save, which is what makes other loaders hard to resume. Reading is a
+few memory copies, so there are no worker processes either.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy import ndarray
+from torch import Tensor
+
+from counterflow.config.run import Data
+from counterflow.data.cache import key_of
+from counterflow.data.corpus import open_corpus
+from counterflow.data.pack import Mixture, bijection, permutation
+from counterflow.data.shards import Shards, open_shards
+from counterflow.data.tokenizer import open_tokenizer
+from counterflow.errors import DataError
+
+
+class Packed:
+    """The samples of one source: documents in an epoch's order end to end, cut into windows. [§4.1 packing]
+
+    Windows share one token with the next, so that each token but an epoch's first is predicted once; the ragged
+    rest of an epoch (less than a sample, another one each time) is left out.
+    """
+
+    def __init__(self, shards: Shards, length: int, *keys: int) -> None:
+        self.shards, self.length, self.keys = shards, length, keys
+        self.num_samples = (shards.num_tokens - 1) // length
+        """Of one epoch."""
+        self._orders: dict[int, tuple[ndarray, ndarray]] = {}
+
+    def read(self, number: int, out: Int64[ndarray, "S1"]) -> None:
+        """Fill `out` with the source's sample `number`, counted on over all epochs."""
+        epoch, turn = divmod(number, self.num_samples)
+        window = bijection(np.asarray([turn], np.uint64), self.num_samples, *self.keys, epoch, 1)
+        order, starts = self._order(epoch)
+        position, filled = int(window[0]) * self.length, 0
+        place = int(np.searchsorted(starts, position, "right")) - 1
+        while filled < len(out):
+            within = position + filled - int(starts[place])
+            take = min(int(starts[place + 1] - starts[place]) - within, len(out) - filled)
+            start = int(self.shards.offsets[order[place]]) + within
+            self.shards.copy(start, out[filled : filled + take])
+            filled, place = filled + take, place + 1
+
+    def _order(self, epoch: int) -> tuple[ndarray, ndarray]:
+        """The epoch's documents, and where each starts in its stream; the two latest epochs are kept."""
+        if epoch not in self._orders:
+            lengths = np.diff(self.shards.offsets)
+            order = permutation(len(lengths), *self.keys, epoch, 0)
+            while len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = order, np.concatenate([[0], np.cumsum(lengths[order])])
+        return self._orders[epoch]
+
+
+class Samples:
+    """The text of a run as samples. A pure function of (data, vocab_size, seed) and the index asked for.
+
+    The first use learns the tokenizer and tokenises; later ones open what is kept in data.cache_dir.
+    Fails: DataError for text, tokenizer or cache that cannot be used.
+    """
+
+    def __init__(self, data: Data, vocab_size: int, seed: int, quiet: bool = False) -> None:
+        self.data, cache = data, Path(data.cache_dir).expanduser()
+        weights = [source.weight for source in data.sources]
+        self._mixture = Mixture(weights, seed)
+        self._corpora = [open_corpus(source, data.held_out, cache) for source in data.sources]
+        self.tokenizer = open_tokenizer(data.tokenizer, vocab_size, self._corpora, cache, quiet)
+        """Special ids, encode and decode."""
+        opened = [
+            [
+                open_shards(corpus, part, self.tokenizer, data.fim_rate, cache, quiet)
+                for corpus in self._corpora
+            ]
+            for part in ("train", "held_out")
+        ]
+        train, self._held_out = opened
+        length = data.sequence_length
+        self._packed = [Packed(shards, length, seed, number) for number, shards in enumerate(train)]
+        self.train_tokens = sum(shards.num_tokens for shards in train)
+        """Tokens of the training part, one epoch of every source, ends of documents and FIM signs included."""
+        self.train_bytes = sum(shards.text_bytes for shards in train)
+        """Bytes of its text."""
+        held_tokens = sum(shards.num_tokens for shards in self._held_out)
+        self.bytes_per_token = sum(shards.text_bytes for shards in self._held_out) / held_tokens
+        """Held-out text over held-out tokens, ends of documents counted as tokens."""
+        self.num_held_out = (held_tokens - 1) // length
+        """Held-out samples; what is left, less than one sample, is not measured."""
+        keys = [corpus.key for corpus in self._corpora]
+        self.fingerprint = key_of(keys, self.tokenizer.hash, data.fim_rate)
+        """Of texts, split, tokenizer and FIM: equal fingerprints and seeds give equal samples."""
+        self._require_samples(held_tokens)
+
+    def train(self, index: int, count: int) -> Int64[Tensor, "N S1"]:
+        """Training samples index to index + count - 1 of an endless sequence."""
+        out = np.empty((count, self.data.sequence_length + 1), np.int64)
+        for row, (source, number) in zip(out, self._mixture.locate(index, count)):
+            self._packed[source].read(number, row)
+        return torch.from_numpy(out)
+
+    def held_out(self, index: int, count: int) -> Int64[Tensor, "N S1"]:
+        """Held-out samples index to index + count - 1, of num_held_out; in order, none predicted twice."""
+        assert index + count <= self.num_held_out, f"held-out samples end at {self.num_held_out}"
+        length = self.data.sequence_length
+        stream = np.empty(count * length + 1, np.int64)
+        start, filled = index * length, 0
+        for shards in self._held_out:
+            take = max(0, min(shards.num_tokens - start, len(stream) - filled))
+            if take:
+                shards.copy(start, stream[filled : filled + take])
+            filled, start = filled + take, max(0, start - shards.num_tokens)
+        windows = np.lib.stride_tricks.sliding_window_view(stream, length + 1)[::length]
+        return torch.from_numpy(windows.copy())
+
+    def train_text(self) -> Iterator[bytes]:
+        """The documents trained on, as they are in the files."""
+        return (document.text.encode() for corpus in self._corpora for document in corpus.train())
+
+    def held_out_text(self) -> Iterator[bytes]:
+        """The documents held out."""
+        return (document.text.encode() for corpus in self._corpora for document in corpus.held_out())
+
+    def _require_samples(self, held_tokens: int) -> None:
+        length = self.data.sequence_length
+        for source, packed in zip(self.data.sources, self._packed):
+            if not packed.num_samples:
+                raise DataError(
+                    f"source '{source.path}' has {packed.shards.num_tokens} tokens to train on; one sample "
+                    f"needs data.sequence_length + 1 = {length + 1}. Give more text, or lower "
+                    "data.sequence_length."
+                )
+        if not self.num_held_out:
+            raise DataError(
+                f"the held-out part has {held_tokens} tokens; one sample needs data.sequence_length + 1 = "
+                f"{length + 1}. Raise data.held_out (now {self.data.held_out:g}), give more text, or lower "
+                "data.sequence_length."
+            )

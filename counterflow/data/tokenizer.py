@@ -1,0 +1,170 @@
+"""Text to token ids and back: a byte-level BPE learnt from the training part, or a given tokenizer.json.
+
+Learning, splitting and merging are the `tokenizers` library's; what is ours is which of them, and the names
+of the special tokens. The split is DeepSeek-V3's: digits in groups of up to three, words with the sign before
+them, punctuation that may take the line breaks after it along. Every byte is in the alphabet, so every text
+comes back as it was. Special tokens written out in a text are encoded as plain text: a corpus cannot end a
+document or open a hole by spelling it. Not taken: a bundled vocabulary, which would cost more parameters than
+a small model has.
+
+Not done: the report splits tokens of punctuation and line breaks at random in training, at a rate it does not
+state.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Bpe
+
+from counterflow.data.cache import build_once, key_of
+from counterflow.data.corpus import Corpus
+from counterflow.errors import DataError
+
+SPLITS = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+"""DeepSeek-V3's pre-tokenizer (tokenizer.json of the release), applied one after the other."""
+EOS = ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>")
+FIM_BEGIN = ("<|fim_begin|>", "<｜fim▁begin｜>")
+FIM_HOLE = ("<|fim_hole|>", "<｜fim▁hole｜>")
+FIM_END = ("<|fim_end|>", "<｜fim▁end｜>")
+PAD = ("<|pad|>", "<｜▁pad▁｜>")
+SPECIALS = tuple(names[0] for names in (EOS, FIM_BEGIN, FIM_HOLE, FIM_END, PAD))
+SMALLEST = 256 + len(SPECIALS)
+LEARN_FROM = 200_000
+"""Documents at most that the merges are learnt from, by turns from each source."""
+VERSION = 1
+"""Raised when the same text would give another vocabulary."""
+
+
+@dataclass(frozen=True)
+class Fim:
+    """Ids of the three signs of a document with a hole."""
+
+    begin: int
+    hole: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary with its special ids."""
+
+    bpe: Bpe = field(repr=False)
+    size: int
+    """One more than the largest id."""
+    eos: int
+    fim: Fim | None
+    pad: int | None
+    hash: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end token."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        return [encoded.ids for encoded in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        """The text of ids; special tokens are written out only if asked for."""
+        return self.bpe.decode(list(ids), skip_special_tokens=not specials)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as a tokenizer.json."""
+        self.bpe.save(str(path))
+
+
+def open_tokenizer(
+    name: str, vocab_size: int, corpora: Sequence[Corpus], cache: Path, quiet: bool
+) -> Tokenizer:
+    """The tokenizer that data.tokenizer names: 'train' learns one, once; else the path of a tokenizer.json."""
+    if name != "train":
+        return fitting(load(Path(name).expanduser()), vocab_size, name)
+    if vocab_size < SMALLEST:
+        raise DataError(
+            f"model.vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least "
+            f"{SMALLEST}. Raise model.vocab_size."
+        )
+    folder = cache / "tokenizers" / key_of(VERSION, [corpus.key for corpus in corpora], vocab_size)
+    build_once(folder, lambda new: learn(corpora, vocab_size, quiet).save(str(new / "tokenizer.json")))
+    return load(folder / "tokenizer.json")
+
+
+def learn(corpora: Sequence[Corpus], vocab_size: int, quiet: bool = True) -> Bpe:
+    """A byte-level BPE of at most vocab_size ids, learnt from the training parts alone. [§4.1 tokenizer]"""
+    bpe = Bpe(models.BPE())
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, whole])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIALS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=not quiet,
+    )
+    bpe.train_from_iterator(islice(_by_turns(corpora), LEARN_FROM), trainer)
+    return bpe
+
+
+def _by_turns(corpora: Sequence[Corpus]) -> Iterable[str]:
+    streams = [corpus.train() for corpus in corpora]
+    while streams:
+        for stream in tuple(streams):
+            document = next(stream, None)
+            if document is None:
+                streams.remove(stream)
+            else:
+                yield document.text
+
+
+def load(path: Path) -> Tokenizer:
+    """A tokenizer.json. Fails: DataError if it is missing, unreadable or has no end token."""
+    if not path.is_file():
+        raise DataError(
+            f"tokenizer {path} is not there; data.tokenizer must be 'train' or the path of a tokenizer.json."
+        )
+    try:
+        bpe = Bpe.from_file(os.fspath(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(
+            f"{path} is no tokenizer.json ({error}); delete it if it lies in data.cache_dir (it is learnt "
+            "again), else give another as data.tokenizer."
+        ) from error
+    bpe.no_padding()
+    bpe.no_truncation()
+    bpe.encode_special_tokens = True
+    vocabulary = bpe.get_vocab(with_added_tokens=True)
+    eos = _first(vocabulary, EOS)
+    if eos is None:
+        raise DataError(
+            f"{path} has no end token; documents end with one of {', '.join(EOS)}. Add one of them to the "
+            "tokenizer, or set data.tokenizer=train."
+        )
+    begin, hole, end = (_first(vocabulary, names) for names in (FIM_BEGIN, FIM_HOLE, FIM_END))
+    fim = None if begin is None or hole is None or end is None else Fim(begin, hole, end)
+    digest = blake2b(bpe.to_str().encode(), digest_size=16).hexdigest()
+    return Tokenizer(bpe, max(vocabulary.values()) + 1, eos, fim, _first(vocabulary, PAD), digest)
+
+
+def fitting(tokenizer: Tokenizer, vocab_size: int, name: str) -> Tokenizer:
+    """The tokenizer, if the model has a row for each id. Fewer ids than rows are fine."""
+    if tokenizer.size > vocab_size:
+        raise DataError(
+            f"tokenizer {name} has {tokenizer.size} ids but model.vocab_size is {vocab_size}; every id needs "
+            f"a row. Set model.vocab_size={tokenizer.size} or more."
+        )
+    return tokenizer
+
+
+def _first(vocabulary: dict[str, int], names: Sequence[str]) -> int | None:
+    return next((vocabulary[name] for name in names if name in vocabulary), None)
