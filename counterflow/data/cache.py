@@ -28,7 +28,7 @@ def key_of(*parts: object) -> str:
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, write: Callable[[Path], object]) -> Path:
     """The folder, made by `write` if it is not there yet. Fails: DataError if it cannot be written."""
     if folder.is_dir():
         return folder
@@ -45,7 +45,7 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _build(folder: Path, write: Callable[[Path], None]) -> None:
+def _build(folder: Path, write: Callable[[Path], object]) -> None:
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()

@@ -28,7 +28,16 @@ from counterflow.errors import DataError, nearest
 
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = frozenset(
-    "test tests idle_test site-packages dist-packages lib-dynload ensurepip __pycache__".split()
+    (
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "ensurepip",
+        "__pycache__",
+    )
 )
 TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
 VERSION = 1
@@ -136,7 +145,7 @@ def is_held_out(digest: bytes, share: float) -> bool:
 
 
 def tail_start(text: str, share: float) -> int:
-    """Where the held-out tail begins: after the last line break before the share, or right there without one."""
+    """Where the held-out tail begins: after the last line break before the share, else right there."""
     cut = int(len(text) * (1 - share))
     return text.rfind("\n", 0, cut) + 1 or cut
 

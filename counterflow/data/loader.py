@@ -27,8 +27,8 @@ from counterflow.errors import DataError
 class Packed:
     """The samples of one source: documents in an epoch's order end to end, cut into windows. [§4.1 packing]
 
-    Windows share one token with the next, so that each token but an epoch's first is predicted once; the ragged
-    rest of an epoch (less than a sample, another one each time) is left out.
+    Windows share one token with the next, so that each token but an epoch's first is predicted once; the
+    ragged rest of an epoch (less than a sample, another one each time) is left out.
     """
 
     def __init__(self, shards: Shards, length: int, *keys: int) -> None:
@@ -37,12 +37,18 @@ class Packed:
         """Of one epoch."""
         self._orders: dict[int, tuple[ndarray, ndarray]] = {}
 
-    def read(self, number: int, out: Int64[ndarray, "S1"]) -> None:
-        """Fill `out` with the source's sample `number`, counted on over all epochs."""
-        epoch, turn = divmod(number, self.num_samples)
-        window = bijection(np.asarray([turn], np.uint64), self.num_samples, *self.keys, epoch, 1)
+    def read(self, numbers: Int64[ndarray, "N"], out: Int64[ndarray, "N S1"]) -> None:
+        """Fill the rows of `out` with the source's samples `numbers`, counted on over all epochs."""
+        epochs, turns = np.divmod(numbers, self.num_samples)
+        for epoch in np.unique(epochs).tolist():
+            rows = np.flatnonzero(epochs == epoch)
+            windows = bijection(turns[rows].astype(np.uint64), self.num_samples, *self.keys, epoch, 1)
+            for row, window in zip(rows, windows.tolist()):
+                self._window(epoch, window, out[row])
+
+    def _window(self, epoch: int, window: int, out: Int64[ndarray, "S1"]) -> None:
         order, starts = self._order(epoch)
-        position, filled = int(window[0]) * self.length, 0
+        position, filled = window * self.length, 0
         place = int(np.searchsorted(starts, position, "right")) - 1
         while filled < len(out):
             within = position + filled - int(starts[place])
@@ -87,7 +93,7 @@ class Samples:
         length = data.sequence_length
         self._packed = [Packed(shards, length, seed, number) for number, shards in enumerate(train)]
         self.train_tokens = sum(shards.num_tokens for shards in train)
-        """Tokens of the training part, one epoch of every source, ends of documents and FIM signs included."""
+        """Tokens of the training part, one epoch of every source, document ends and FIM signs included."""
         self.train_bytes = sum(shards.text_bytes for shards in train)
         """Bytes of its text."""
         held_tokens = sum(shards.num_tokens for shards in self._held_out)
@@ -103,8 +109,12 @@ class Samples:
     def train(self, index: int, count: int) -> Int64[Tensor, "N S1"]:
         """Training samples index to index + count - 1 of an endless sequence."""
         out = np.empty((count, self.data.sequence_length + 1), np.int64)
-        for row, (source, number) in zip(out, self._mixture.locate(index, count)):
-            self._packed[source].read(number, row)
+        sources, numbers = self._mixture.locate(index, count)
+        for source, packed in enumerate(self._packed):
+            rows = np.flatnonzero(sources == source)
+            taken = np.empty((len(rows), out.shape[1]), np.int64)
+            packed.read(numbers[rows], taken)
+            out[rows] = taken
         return torch.from_numpy(out)
 
     def held_out(self, index: int, count: int) -> Int64[Tensor, "N S1"]:

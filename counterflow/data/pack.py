@@ -72,7 +72,7 @@ def permutation(size: int, *keys: int) -> Int64[ndarray, "N"]:
 def bijection(values: Words, size: int, *keys: int) -> Words:
     """Where a keyed permutation of the numbers below size sends each value, without holding it.
 
-    A Feistel network permutes the next even power of two; what falls outside goes round again until it is inside.
+    A Feistel network permutes the next even power of two; what falls outside goes round again.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
@@ -92,22 +92,19 @@ class Mixture:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.quotas, self.seed = quotas(weights), seed
 
-    def locate(self, index: int, count: int) -> list[tuple[int, int]]:
-        """(source, how many of its samples come before) for samples index to index + count - 1."""
-        found: list[tuple[int, int]] = []
-        for block in range(index // BLOCK, (index + count - 1) // BLOCK + 1):
-            low, high = max(index - block * BLOCK, 0), min(index + count - block * BLOCK, BLOCK)
-            sources, ranks = self._block(block)
-            before = block * self.quotas[sources] + ranks
-            found += zip(sources[low:high].tolist(), before[low:high].tolist())
-        return found
+    def locate(self, index: int, count: int) -> tuple[Int64[ndarray, "N"], Int64[ndarray, "N"]]:
+        """For samples index to index + count - 1: the source, and how many of its samples come before."""
+        blocks = range(index // BLOCK, (index + count - 1) // BLOCK + 1)
+        sources, numbers = zip(*(self._block(block) for block in blocks))
+        inside = slice(index - blocks[0] * BLOCK, index - blocks[0] * BLOCK + count)
+        return np.concatenate(sources)[inside], np.concatenate(numbers)[inside]
 
     def _block(self, block: int) -> tuple[ndarray, ndarray]:
-        """Source of each sample of a block, and its rank among that source's samples there."""
+        """Source of each sample of a block, and its number among that source's samples."""
         owners = np.repeat(np.arange(len(self.quotas)), self.quotas)
         ranks = np.arange(BLOCK) - np.repeat(np.cumsum(self.quotas) - self.quotas, self.quotas)
         order = permutation(BLOCK, self.seed, block)
-        return owners[order], ranks[order]
+        return owners[order], (block * self.quotas[owners] + ranks)[order]
 
 
 def quotas(weights: Sequence[float]) -> Int64[ndarray, "N"]:

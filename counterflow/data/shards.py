@@ -75,7 +75,7 @@ def open_shards(
     quiet: bool = True,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Shards:
-    """The shards of one part, tokenised now if this is the first time. FIM is for training alone. [§4.1 shards]"""
+    """The shards of one part, tokenised now if this is the first time; FIM is for training alone."""
     rate = fim_rate if part == "train" else 0.0
     if rate and tokenizer.fim is None:
         raise DataError(

@@ -86,7 +86,7 @@ class Tokenizer:
 def open_tokenizer(
     name: str, vocab_size: int, corpora: Sequence[Corpus], cache: Path, quiet: bool
 ) -> Tokenizer:
-    """The tokenizer that data.tokenizer names: 'train' learns one, once; else the path of a tokenizer.json."""
+    """The tokenizer that data.tokenizer names: 'train' learns one, once; else a tokenizer.json."""
     if name != "train":
         return fitting(load(Path(name).expanduser()), vocab_size, name)
     if vocab_size < SMALLEST:
