@@ -192,11 +192,11 @@ class RunConfig:
         return self.keep.folder or f"runs/{self.name}"
 
 
-def _at_least(name: str, value: float, low: float) -> None:
+def _at_least(name: str, value: float | int, low: float | int) -> None:
     if not value >= low:
         raise ConfigError(f"{name} is {value}; it must be at least {low:g}.")
 
 
-def _between(name: str, value: float, low: float, high: float) -> None:
+def _between(name: str, value: float | int, low: float | int, high: float | int) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{name} is {value}; it must lie between {low:g} and {high:g}.")
