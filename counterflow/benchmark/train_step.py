@@ -47,6 +47,7 @@ def compare(
     for name in contenders:
         here, there = context.Pipe()
         context.Process(target=_serve, args=(there, name, setting), daemon=True).start()
+        there.close()  # so that a contender's death ends the wait for it
         pipes[name] = here
     results: dict[str, dict[str, Any]] = {}
     for name, pipe in pipes.items():
@@ -111,8 +112,7 @@ def _theirs(setting: Setting) -> tuple[int, Callable]:
     from counterflow.config.released import to_released
 
     settings = to_released(replace(setting.model, num_mtp_modules=0))
-    config = DeepseekV3Config(**settings, use_cache=False)
-    config._experts_implementation = "grouped_mm"
+    config = DeepseekV3Config(**settings | {"use_cache": False})
     model = DeepseekV3ForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
     model.to(torch.bfloat16 if setting.precision == "bf16" else torch.float32).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -80,3 +80,27 @@ def test_missing_misshapen_and_left_over_tensors_are_named():
     copy = "model.layers.3.shared_head.head.weight"
     with pytest.raises(CheckpointError, match=copy):
         from_mapping(model, {**good, copy: good[copy] + 1})
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_draft_logits_equal_transformers_mtp_module(depths, tmp_path, monkeypatch):
+    """Each of its modules drafts from the last position with the token before it drafted; ours sees those as given."""
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    ours = random_model(replace(BASE, num_mtp_modules=depths), seed=5)
+    patterns = [rf"model\.layers\.{BASE.num_layers + depth}\." for depth in range(depths)]
+    family = transformers.DeepseekV3ForCausalLM
+    monkeypatch.setattr(family, "_keys_to_ignore_on_load_unexpected", patterns)
+    theirs = judge(saved_by_us(ours, tmp_path))
+    mtp = MtpModel.from_pretrained(theirs, device_map={"": "cpu"}).eval()
+    tokens = torch.randint(0, BASE.vocab_size, (1, 18))
+    with torch.no_grad():
+        hidden = theirs.model(tokens[:, :-1]).last_hidden_state
+        cache = MtpCache(config=theirs.config.get_mtp_config())
+        positions = torch.arange(1, 18)[None]
+        drafted, logits, _ = mtp(tokens[:, 1:], hidden, None, positions, cache)
+        for depth in range(depths):
+            given = torch.cat([tokens, drafted[:, :depth]], dim=1)
+            draft = ours.draft_logits(given)[depth][:, -1]
+            assert (draft - logits[:, depth]).abs().max() < BOUND * logits.abs().max()

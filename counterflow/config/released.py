@@ -1,0 +1,143 @@
+"""A released DeepSeek-V3 `config.json` as a model config, and back, key for key.
+
+What our model cannot be (softmax scoring, tied embeddings, biases …) is refused rather than read past: a loader that
+skips what it does not know gives a model that runs and is wrong.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from counterflow.config.model import ModelConfig, Yarn
+from counterflow.errors import ConfigError
+
+NAMES: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_heads": "num_attention_heads",
+    "qk_nope_head_dim": "qk_nope_head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "kv_lora_rank": "kv_lora_rank",
+    "dense_intermediate_size": "intermediate_size",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_routed_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_groups": "n_group",
+    "num_limited_groups": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "max_positions": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+}
+"""Ours to theirs, for what must be there."""
+
+FIXED: Mapping[str, Any] = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "model_type": "deepseek_v3",
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+"""What the architecture always is; another value in a file is refused."""
+
+YARN_NAMES: Mapping[str, str] = {
+    "factor": "factor",
+    "original_max_positions": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+}
+
+
+def to_released(config: ModelConfig) -> dict[str, Any]:
+    """Every key that transformers, vLLM and SGLang look for."""
+    released: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
+    released |= FIXED
+    released |= {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "aux_loss_alpha": config.balance.sequence_alpha,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "initializer_range": config.initializer_std,
+        "num_key_value_heads": config.num_heads,
+        "num_nextn_predict_layers": config.num_mtp_modules,
+        "q_lora_rank": config.q_lora_rank or None,
+        "rope_scaling": None,
+        "rope_theta": config.rope_theta,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+    }
+    if config.yarn is not None:
+        scaling = {theirs: getattr(config.yarn, ours) for ours, theirs in YARN_NAMES.items()}
+        released["rope_scaling"] = {"type": "yarn", **scaling}
+    return released
+
+
+def from_released(released: Mapping[str, Any]) -> ModelConfig:
+    """The model that a released config describes.
+
+    Fails (ConfigError): a key is missing, or holds what this architecture is not. `initializer_range` and
+    `aux_loss_alpha` are read though the 671B file's values contradict the report; set them for training.
+    """
+    for name, value in FIXED.items():
+        if name in released and released[name] != value and name not in ("attention_dropout", "ep_size", "seq_aux"):
+            raise ConfigError(
+                f"{name} is {released[name]!r} in the released config; this architecture needs {value!r}: the "
+                "checkpoint is of another model."
+            )
+    missing = [theirs for theirs in (*NAMES.values(), "model_type") if released.get(theirs) is None]
+    if missing:
+        raise ConfigError(f"the released config lacks '{missing[0]}'; a DeepSeek-V3 config.json names it: add the key.")
+    if released.get("num_key_value_heads", released["num_attention_heads"]) != released["num_attention_heads"]:
+        raise ConfigError(
+            f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as many as "
+            f"num_attention_heads, {released['num_attention_heads']}: the checkpoint is of another model."
+        )
+    rope = {**(released.get("rope_scaling") or {}), **(released.get("rope_parameters") or {})}
+    settings = {ours: released[theirs] for ours, theirs in NAMES.items()}
+    settings["routed_scaling_factor"] = float(settings["routed_scaling_factor"])
+    return ModelConfig(
+        **settings,
+        q_lora_rank=released.get("q_lora_rank") or 0,
+        num_mtp_modules=released.get("num_nextn_predict_layers", released.get("num_mtp_layers", 0)) or 0,
+        rope_theta=float(rope.get("rope_theta") or released.get("rope_theta") or 10000.0),
+        yarn=_yarn(rope),
+        initializer_std=float(released.get("initializer_range") or 0.006),
+    )
+
+
+def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
+    kind = rope.get("type") or rope.get("rope_type") or "default"
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ConfigError(f"rope scaling is '{kind}' in the released config; 'yarn' or none is known here.")
+    given = {ours: rope[theirs] for ours, theirs in YARN_NAMES.items() if rope.get(theirs) is not None}
+    settings: dict[str, Any] = {ours: float(value) for ours, value in given.items()}
+    if "original_max_positions" in settings:
+        settings["original_max_positions"] = int(settings["original_max_positions"])
+    return Yarn(**settings)
+
+
+def read_released(path: Path) -> ModelConfig:
+    """The model of a `config.json` file."""
+    try:
+        released = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of a config.json.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}); give the config.json of a released checkpoint.") from None
+    if not isinstance(released, dict):
+        raise ConfigError(f"{path} holds no JSON object; give the config.json of a released checkpoint.")
+    return from_released(released)
