@@ -10,7 +10,7 @@ checksums, so the first epoch finds it in the page cache.
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,8 @@ from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
 
 Part = Literal["train", "held_out"]
-SHARD_TOKENS = 2**28
-"""A shard is closed once it holds this many tokens."""
+SHARD_TOKENS = 2**26
+"""A shard is saved once this many tokens have come together; so many are held in memory."""
 BATCH_BYTES = 2**20
 """Text that is tokenised at once."""
 SHOW_ABOVE_BYTES = 4 * 2**20
@@ -89,6 +89,32 @@ def open_shards(
     return load(folder)
 
 
+class _Writer:
+    """Collects documents and saves a shard whenever enough tokens have come together."""
+
+    def __init__(self, folder: Path, dtype: type, shard_tokens: int) -> None:
+        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.names: list[str] = []
+        self.lengths: list[int] = []
+        self._held: list[ndarray] = []
+        self._held_tokens = 0
+
+    def add(self, ids: list[int]) -> None:
+        """One document more."""
+        self._held.append(np.asarray(ids, self.dtype))
+        self.lengths.append(len(ids))
+        self._held_tokens += len(ids)
+        if self._held_tokens >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Save what is held as a shard."""
+        if self._held:
+            self.names.append(f"tokens-{len(self.names):05d}.npy")
+            np.save(self.folder / self.names[-1], np.concatenate(self._held), allow_pickle=False)
+        self._held, self._held_tokens = [], 0
+
+
 def _write(
     folder: Path,
     corpus: Corpus,
@@ -99,41 +125,27 @@ def _write(
     shard_tokens: int,
 ) -> None:
     """Tokenise a part into a folder."""
-    dtype = np.uint16 if tokenizer.size <= 2**16 else np.uint32
-    names: list[str] = []
-    lengths: list[int] = []
-    text_bytes, held, held_tokens = 0, list[ndarray](), 0
-
-    def close() -> None:
-        names.append(f"tokens-{len(names):05d}.npy")
-        np.save(folder / names[-1], np.concatenate(held), allow_pickle=False)
-        held.clear()
-
-    documents = corpus.train() if part == "train" else corpus.held_out()
+    writer = _Writer(folder, np.uint16 if tokenizer.size <= 2**16 else np.uint32, shard_tokens)
+    documents, text_bytes = corpus.train() if part == "train" else corpus.held_out(), 0
     with _progress(f"tokenising {corpus.source.path}, {part}", _size(corpus, part), quiet) as advance:
         for batch, size in _batches(documents):
             for ids in _encode(batch, tokenizer, rate):
-                held.append(np.asarray(ids, dtype))
-                lengths.append(len(ids))
-                held_tokens += len(ids)
-                if held_tokens >= shard_tokens:
-                    close()
-                    held_tokens = 0
+                writer.add(ids)
             text_bytes += size
             advance(size)
-    if held:
-        close()
-    np.save(folder / "documents.npy", np.cumsum([0, *lengths], dtype=np.int64), allow_pickle=False)
+    writer.flush()
+    boundaries = np.cumsum([0, *writer.lengths], dtype=np.int64)
+    np.save(folder / "documents.npy", boundaries, allow_pickle=False)
     manifest = {
         "corpus": corpus.survey.hash,
         "tokenizer": tokenizer.hash,
         "part": part,
         "fim_rate": rate,
-        "documents": len(lengths),
-        "tokens": sum(lengths),
+        "documents": len(writer.lengths),
+        "tokens": int(boundaries[-1]),
         "text_bytes": text_bytes,
-        "shards": names,
-        "files": {name: _measure(folder / name) for name in [*names, "documents.npy"]},
+        "shards": writer.names,
+        "files": {name: _measure(folder / name) for name in [*writer.names, "documents.npy"]},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
 
@@ -211,7 +223,7 @@ def _measure(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _progress(title: str, total_bytes: int, quiet: bool):
+def _progress(title: str, total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     """A callable that takes the bytes done; draws a bar on a terminal if there is much to do."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     disable = quiet or total_bytes < SHOW_ABOVE_BYTES or not sys.stderr.isatty()

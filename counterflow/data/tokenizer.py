@@ -12,6 +12,7 @@ state.
 """
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -110,7 +111,7 @@ def learn(corpora: Sequence[Corpus], vocab_size: int, quiet: bool = True) -> Bpe
         vocab_size=vocab_size,
         special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIALS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=not quiet,
+        show_progress=not quiet and sys.stderr.isatty(),
     )
     bpe.train_from_iterator(islice(_by_turns(corpora), LEARN_FROM), trainer)
     return bpe
