@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 RESUMES = ("auto", "must", "never")
 
 
@@ -104,7 +104,7 @@ class Train:
     ema_decay: float = 0.0
     """Decay per step of the averaged weights kept on the CPU; 0 keeps none."""
     precision: str = "fp32"
-    """fp32, or bf16 with fp32 master weights, gradients and moments."""
+    """fp32, bf16 with fp32 master weights, gradients and moments, or auto: bf16 where the hardware multiplies it."""
     recompute: bool = False
     """Keep only each layer's input for backward and run the layer again there."""
     seed: int = 0

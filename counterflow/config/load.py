@@ -1,0 +1,200 @@
+"""From a name or a TOML file plus dotted overrides to one RunConfig, and back to TOML.
+
+Unknown keys fail and name the nearest: a misspelt setting that is read past costs a training run. Types are checked
+here, once, against the dataclasses' annotations; what is impossible is said by the dataclasses themselves. The
+standard library reads TOML but does not write it; the writer below knows just what a RunConfig holds.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from counterflow.config.model import ModelConfig
+from counterflow.config.models import MODELS
+from counterflow.config.released import read_released
+from counterflow.config.run import RunConfig
+from counterflow.config.runs import RUNS
+from counterflow.errors import ConfigError, nearest
+
+
+def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that `name` (of RUNS) or a TOML file describes, with overrides such as "train.lr.peak=1e-3".
+
+    In TOML, `base = "tiny"` starts from a named run and `model.base = "small"` from a named model; `model` may also be
+    a name or the path of a released config.json, in TOML as in an override.
+    """
+    tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"'{override}' is no override; write KEY=VALUE, such as train.lr.peak=1e-3.")
+        _plant(tree, key.strip().removeprefix("--").split("."), _value(text.strip()))
+    return run_of(tree)
+
+
+def run_of(tree: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig from nested settings."""
+    tree = dict(tree)
+    base = tree.pop("base", None)
+    start = RunConfig(name="run", model=MODELS["tiny"]) if base is None else _named(base, RUNS, "run")
+    if "model" in tree:
+        model, rest = _model(start.model, tree.pop("model"))
+        start = _same_length(start, model)
+        tree["model"] = rest
+    return _build(start, tree, "")
+
+
+def _same_length(run: RunConfig, model: ModelConfig) -> RunConfig:
+    """The run with another model; its samples shortened if the model has fewer positions."""
+    length = min(run.data.sequence_length, model.max_positions)
+    return dataclasses.replace(run, model=model, data=dataclasses.replace(run.data, sequence_length=length))
+
+
+def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model to start from, and the settings that change it."""
+    if isinstance(given, str):
+        given = {"base": given}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"model is {given!r}; give a model's name, a config.json's path or a table of settings.")
+    rest = dict(given)
+    base = rest.pop("base", None)
+    if base is None:
+        return model, rest
+    return (read_released(Path(base)) if str(base).endswith(".json") else _named(base, MODELS, "model")), rest
+
+
+def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:
+    if name not in table:
+        file = "a .toml file" if what == "run" else "the path of a released config.json"
+        raise ConfigError(f"'{name}' is no known {what}; {nearest(str(name), table)} Or give {file}.")
+    return table[name]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
+
+
+def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a nested key; a name given to `model` stays its base when a setting of it follows."""
+    for depth, key in enumerate(keys[:-1], start=1):
+        inner = tree.get(key, {})
+        if isinstance(inner, str):
+            inner = {"base": inner}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting.")
+        tree[key] = dict(inner)
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself: paths and names need no quotes."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def settings(kind: type) -> dict[str, Any]:
+    """A dataclass's field names and types."""
+    return typing.get_type_hints(kind)
+
+
+def all_keys(kind: type = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a run."""
+    for name, hint in settings(kind).items():
+        yield prefix + name
+        inner = _dataclass_of(hint)
+        if inner is not None:
+            yield from all_keys(inner, f"{prefix}{name}.")
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # pyright: ignore[reportReturnType]
+
+
+def _build(start: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    """`start` with the tree's settings in place of its own."""
+    hints = settings(type(start))
+    changes: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in hints:
+            known = [name for name in all_keys() if name.rpartition(".")[0] == prefix.rstrip(".")]
+            raise ConfigError(f"{prefix}{key} is not a setting; {nearest(prefix + key, known or all_keys())}")
+        changes[key] = _convert(value, hints[key], getattr(start, key), prefix + key)
+    return dataclasses.replace(start, **changes)
+
+
+def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
+    inner = _dataclass_of(hint)
+    if inner is not None:
+        if value in ("none", None) and inner is not hint:
+            return None
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}; it is a table of settings: {', '.join(settings(inner))}.")
+        return _build(inner() if current is None else current, value, key + ".")
+    if typing.get_origin(hint) is tuple:
+        return _tables(value, typing.get_args(hint)[0], key)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} is {value!r}; it must be a {_KINDS[hint]}.")
+    return value
+
+
+_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def _tables(value: Any, kind: type, key: str) -> tuple[Any, ...]:
+    """A list of tables; one path, or several, stand for tables that only name a path."""
+    items = value if isinstance(value, list) else [value]
+    out: list[Any] = []
+    for index, item in enumerate(items):
+        table = {"path": item} if isinstance(item, str) else item
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{key}[{index}] is {item!r}; it must be a path or a table with path, weight, field.")
+        out.append(_build(kind(), table, f"{key}."))
+    return tuple(out)
+
+
+def to_toml(run: RunConfig) -> str:
+    """The whole configuration; `load_run` of it gives an equal RunConfig."""
+    return "".join(_lines(run, ""))
+
+
+def _lines(value: Any, prefix: str) -> Iterator[str]:
+    nested: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if dataclasses.is_dataclass(item) or isinstance(item, tuple):
+            nested.append((field.name, item))
+        elif item is not None:
+            yield f"{field.name} = {_literal(item)}\n"
+    for name, item in nested:
+        for table in item if isinstance(item, tuple) else (item,):
+            header = f"[[{prefix}{name}]]" if isinstance(item, tuple) else f"[{prefix}{name}]"
+            yield f"\n{header}\n"
+            yield from _lines(table, f"{prefix}{name}.")
+
+
+def _literal(item: Any) -> str:
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    if isinstance(item, str):
+        escaped = item.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'
+    return repr(item)

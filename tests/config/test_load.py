@@ -1,0 +1,112 @@
+"""Runs from names, files and overrides; every mistake named with its nearest remedy."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from counterflow.config.load import all_keys, load_run, to_toml
+from counterflow.config.model import Yarn
+from counterflow.config.models import MODELS
+from counterflow.config.run import RunConfig, Source
+from counterflow.config.runs import RUNS
+from counterflow.errors import ConfigError
+
+pytestmark = pytest.mark.pure
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_named_run_survives_its_toml(name, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(load_run(name)))
+    assert load_run(str(path)) == RUNS[name]
+
+
+@given(
+    st.text(max_size=20),
+    st.floats(1e-9, 1e3),
+    st.lists(st.tuples(st.text(min_size=1), st.floats(1e-3, 10)), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_toml_round_trip(tmp_path_factory, name, rate, sources, yarn):
+    run = load_run("tiny")
+    run = dataclasses.replace(
+        run,
+        name=name,
+        data=dataclasses.replace(run.data, sources=tuple(Source(path, weight) for path, weight in sources)),
+        model=dataclasses.replace(run.model, yarn=Yarn(factor=rate) if yarn else None),
+    )
+    path = tmp_path_factory.mktemp("toml") / "run.toml"
+    path.write_text(to_toml(run), encoding="utf-8")
+    assert load_run(str(path)) == run
+
+
+def test_overrides_and_bases(tmp_path):
+    run = load_run("tiny", ["train.lr.peak=1e-4", "--model.num_layers=6", "name=other", "train.recompute=true"])
+    assert (run.train.lr.peak, run.model.num_layers, run.name, run.train.recompute) == (1e-4, 6, "other", True)
+    assert load_run("tiny", ["model=v3-16b"]).model == MODELS["v3-16b"]
+    assert load_run("tiny", ["model=small", "model.num_layers=3"]).model.num_layers == 3
+    path = tmp_path / "a.toml"
+    path.write_text('base = "small"\n[model]\nbase = "tiny"\nnum_heads = 2\n[data]\nsources = ["a", "b"]\n')
+    run = load_run(str(path), ["data.sources=texts/*.txt"])
+    assert run.model == dataclasses.replace(MODELS["tiny"], num_heads=2)
+    assert run.data.sources == (Source("texts/*.txt"),)
+    assert load_run(str(path)).data.sources == (Source("a"), Source("b"))
+    assert load_run("tiny", ["train.tokens=5"]).train.tokens == 5.0
+    assert load_run("tiny", ["model.yarn.factor=8"]).model.yarn == Yarn(factor=8.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.lr.peek=1"], "train.lr.peek is not a setting; did you mean 'train.lr.peak'?"),
+        (["trian.tokens=1"], "did you mean 'train'?"),
+        (["train.batch_size=many"], "train.batch_size is 'many'; it must be a whole number"),
+        (["train.batch_size=2.5"], "must be a whole number"),
+        (["train.recompute=1"], "must be a true or false"),
+        (["train.lr=3"], "table of settings"),
+        (["train.tokens.x=3", "train.tokens=1", "train.tokens.y=3"], "is a value, not a table"),
+        (["nonsense"], "write KEY=VALUE"),
+        (["model=tinny"], "did you mean 'tiny'?"),
+        (["model=no/config.json"], "cannot be read"),
+        (["model.num_heads=0"], "model.num_heads is 0; it must be at least 1"),
+        (["model.num_experts_per_token=9"], "2 groups of 4 experts offer 8"),
+        (["model.num_groups=5"], "multiple of model.num_groups"),
+        (["model.num_groups=16"], "holds two or more"),
+        (["model.num_limited_groups=5"], "more groups than there are"),
+        (["model.qk_rope_head_dim=7"], "make it even"),
+        (["model.num_dense_layers=5"], "more dense layers than layers"),
+        (["model.balance.auxiliary=swich"], "did you mean 'switch'?"),
+        (["train.batch_size=12"], "multiples of train.micro_batch_size"),
+        (["train.precision=fp8"], "train.precision is 'fp8'"),
+        (["train.lr.peak=0"], "train.lr.peak is 0.0; it must be above 0"),
+        (["train.lr.warmup=0.9"], "must rise"),
+        (["data.sequence_length=4096"], "raise model.max_positions"),
+        (["data.fim_rate=1.5"], "between 0 and 1"),
+        (["keep.resume=perhaps"], "keep.resume is 'perhaps'"),
+    ],
+)
+def test_every_mistake_is_one_message_with_a_remedy(overrides, says):
+    with pytest.raises(ConfigError) as raised:
+        load_run("tiny", overrides)
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_runs_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        load_run("tinny")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_run(str(tmp_path / "none.toml"))
+    path = tmp_path / "broken.toml"
+    path.write_text("name = 'x'\ntrain = [\n")
+    with pytest.raises(ConfigError, match="line"):
+        load_run(str(path))
+
+
+def test_every_key_is_reachable():
+    keys = list(all_keys())
+    assert "train.lr.peak" in keys and "model.yarn.factor" in keys and "model.balance.sequence_alpha" in keys
+    assert math.isclose(RunConfig().train.lr.peak, 2.2e-4)
