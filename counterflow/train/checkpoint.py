@@ -1,0 +1,197 @@
+"""Checkpoints that are either whole or not there, whenever the process dies.
+
+A checkpoint is a folder that torch's distributed checkpoint writes under another name, beside a manifest with the
+size and CRC of every file and the run's place; it is flushed to disk and then renamed to `step-…`, which is one
+atomic act. So every folder called `step-…` was whole when it got its name, and the manifest tells whether it still
+is. Older ones are removed only after that. Not taken: overwriting in place, or one `latest` file that points
+somewhere: both have a moment in which nothing loads.
+"""
+
+import errno
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from counterflow.errors import CheckpointError
+
+WRITING = ".writing"
+MANIFEST = "manifest.json"
+CHUNK = 1 << 22
+CAUSES = {
+    errno.ENOSPC: "no space is left there: free some, or lower keep.checkpoints",
+    errno.EDQUOT: "the disk quota is used up: free some space, or lower keep.checkpoints",
+    errno.EFBIG: "the file-size limit is reached: raise it (ulimit -f)",
+    errno.EACCES: "writing there is not allowed: choose another keep.folder or change its permissions",
+    errno.EPERM: "writing there is not allowed: choose another keep.folder or change its permissions",
+    errno.EROFS: "that file system is read-only: choose another keep.folder",
+    errno.ENOTDIR: "a file stands where a folder must be: move it, or choose another keep.folder",
+    errno.EEXIST: "a file stands where a folder must be: move it, or choose another keep.folder",
+}
+
+
+class Checkpoints:
+    """The checkpoints of one run; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def path(self, step: int) -> Path:
+        """Where a step's checkpoint is."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have one, in order."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+        """Write tensors and a JSON-able state; the older checkpoints are untouched until this one is whole.
+
+        Fails: CheckpointError that names path, cause and remedy.
+        """
+        final = self.path(step)
+        writing = final.with_name(final.name + WRITING)
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+            with _quiet():
+                dcp.save(dict(tensors), checkpoint_id=str(writing), no_dist=True)
+            _write_manifest(writing, state)
+            shutil.rmtree(final, ignore_errors=True)
+            writing.rename(final)
+            _flush(self.folder)
+        except (OSError, CheckpointException, RuntimeError) as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise CheckpointError(_why_not_written(final, error, self.steps())) from error
+        self._tidy()
+        return final
+
+    def _tidy(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+        for stale in self.folder.glob("*" + WRITING):
+            shutil.rmtree(stale, ignore_errors=True)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The state saved with a checkpoint.   Fails: CheckpointError if its manifest cannot be read."""
+        return self._manifest(step)["state"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        path = self.path(step) / MANIFEST
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); {self._instead(step)}") from None
+
+    def verify(self, step: int) -> None:
+        """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs.
+
+        Cost: one read of the checkpoint.
+        """
+        for name, expected in self._manifest(step)["files"].items():
+            path = self.path(step) / name
+            size = path.stat().st_size if path.is_file() else -1
+            if size != expected["bytes"]:
+                found = "missing" if size < 0 else f"truncated: it has {size} bytes"
+                raise CheckpointError(f"{path} is {found}, not {expected['bytes']}; {self._instead(step)}")
+            if _crc(path) != expected["crc32"]:
+                raise CheckpointError(f"{path} is corrupt: its CRC is not the manifest's; {self._instead(step)}")
+
+    def _instead(self, step: int) -> str:
+        others = [other for other in self.steps() if other != step]
+        if others:
+            return f"delete {self.path(step)} to go on from step {others[-1]}."
+        return f"there is no other checkpoint in {self.folder}: delete it to start anew."
+
+    def load(self, step: int, tensors: Mapping[str, Tensor], some: bool = False) -> None:
+        """Fill the tensors in place; with `some`, the checkpoint may hold more than are asked for.
+
+        Fails: CheckpointError if a file is not as it was written, or a tensor's name or shape is another.
+        """
+        self.verify(step)
+        path = self.path(step)
+        saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+        for name in sorted(set(tensors) ^ set(saved)):
+            if name in tensors:
+                raise CheckpointError(f"{path} has no tensor '{name}'; it is of another model or other settings.")
+            if not some:
+                raise CheckpointError(f"{path} holds '{name}', which this run lacks; it is of another model.")
+        for name, tensor in tensors.items():
+            size = getattr(saved[name], "size", None)
+            if size != tensor.shape:
+                found, wanted = list(size or ()), list(tensor.shape)
+                raise CheckpointError(
+                    f"{path} holds '{name}' as {found}, this model has it as {wanted}; it is of another model: resume "
+                    "with the configuration in its run.toml."
+                )
+        with _quiet():
+            dcp.load(dict(tensors), checkpoint_id=str(path), no_dist=True)
+
+
+def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
+    """The manifest of all files there, everything flushed to disk, the folder last."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
+        _flush(path)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": files, "state": dict(state)}, indent=1))
+    _flush(manifest)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:
+    """One sentence from whatever the writing raised, with the operating system's cause dug out."""
+    cause = _os_error(error)
+    why = CAUSES.get(cause.errno or 0, cause.strerror or str(cause)) if cause else str(error).splitlines()[0]
+    kept = f"Saved before and untouched: step {older[-1]}." if older else "No earlier checkpoint was there."
+    return f"the checkpoint {path} could not be written; {why}. {kept}"
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind one, looked for in causes and in DCP's per-rank failures."""
+    seen: list[BaseException | None] = [error]
+    while seen:
+        one = seen.pop()
+        if isinstance(one, OSError):
+            return one
+        if isinstance(one, CheckpointException):
+            seen += [failure[0] if isinstance(failure, tuple) else failure for failure in one.failures.values()]
+        if one is not None:
+            seen += [one.__cause__, one.__context__]
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that there is no process group, which is what `no_dist` asks for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        yield

@@ -1,0 +1,24 @@
+"""Averaged weights, kept in CPU memory so that they cost the accelerator nothing."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Ema:
+    """average += (1 − decay) (weight − average), in fp32 on the CPU, after every step. [§3.2.3 EMA]
+
+    Starts from the weights it is given.   Cost: a copy to the CPU and one pass there a step.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self._weights = dict(weights)
+        self.averages = {name: weight.detach().float().cpu().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the weights as they are now."""
+        latest = [weight.detach().float().cpu() for weight in self._weights.values()]
+        torch._foreach_lerp_(list(self.averages.values()), latest, 1.0 - self.decay)

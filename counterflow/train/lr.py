@@ -1,0 +1,67 @@
+"""What changes over a run, as functions of the share of its tokens already seen: rate, λ, γ, batch.
+
+No state: a resumed run asks the same functions at the same place. The batch ramp's shape is not published; here it
+is linear in tokens, in steps of a micro-batch, and the last step is cut so that the run ends where it was planned.
+"""
+
+import math
+from collections.abc import Iterator
+
+from counterflow.config.run import Train
+
+
+def learning_rate(train: Train, done: float) -> float:
+    """Linear warm-up, constant, cosine to the floor, constant, and a last lower constant. [§4.2]"""
+    lr = train.lr
+    if done < lr.warmup:
+        return lr.peak * done / lr.warmup
+    if done < lr.constant_until:
+        return lr.peak
+    if done < lr.cosine_until:
+        way = (done - lr.constant_until) / (lr.cosine_until - lr.constant_until)
+        return lr.peak * (lr.floor + (1 - lr.floor) * 0.5 * (1 + math.cos(math.pi * way)))
+    return lr.peak * (lr.floor if done < lr.last_from else lr.last)
+
+
+def mtp_weight(train: Train, done: float) -> float:
+    """λ: the weight of the MTP losses."""
+    return train.mtp_weight if done < train.mtp_change_at else train.mtp_weight_late
+
+
+def bias_speed(train: Train, done: float) -> float:
+    """γ: how far a router's bias moves in a step."""
+    return train.bias_speed if done < train.bias_stop_at else 0.0
+
+
+def total_samples(train: Train, sequence_length: int) -> int:
+    """Sequences of the whole run: its tokens, rounded up to whole micro-batches."""
+    micro = train.micro_batch_size
+    return math.ceil(train.tokens / (sequence_length * micro)) * micro
+
+
+def batch_size(train: Train, sequence_length: int, sample: int) -> int:
+    """Sequences of the step that begins at global sample index `sample`; a multiple of the micro-batch."""
+    total, micro = total_samples(train, sequence_length), train.micro_batch_size
+    batch, ramp = train.batch_size, train.batch_ramp_until * total
+    if train.batch_start and sample < ramp:
+        grown = train.batch_start + (train.batch_size - train.batch_start) * sample / ramp
+        batch = int(grown / micro) * micro
+    return min(batch, total - sample)
+
+
+def steps(train: Train, sequence_length: int) -> Iterator[int]:
+    """The batch of every step of the run, in order."""
+    sample, total = 0, total_samples(train, sequence_length)
+    while sample < total:
+        batch = batch_size(train, sequence_length, sample)
+        yield batch
+        sample += batch
+
+
+def num_steps(train: Train, sequence_length: int) -> int:
+    """Optimizer steps of the whole run: those of the ramp one by one, the rest by division."""
+    sample, count, total = 0, 0, total_samples(train, sequence_length)
+    while train.batch_start and sample < train.batch_ramp_until * total:
+        sample += batch_size(train, sequence_length, sample)
+        count += 1
+    return count + math.ceil((total - sample) / train.batch_size)

@@ -1,0 +1,143 @@
+"""A checkpoint is whole or not there: killed at any moment, truncated, corrupted, on a full disk."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from counterflow.errors import CheckpointError
+from counterflow.train.checkpoint import MANIFEST, WRITING, Checkpoints, _os_error
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "master.layers.0.experts.down": torch.randn(3, 5, 7, generator=generator),
+        "half": torch.randn(11, generator=generator).bfloat16(),
+        "count": torch.tensor([2**60 + 1, -3]),
+        "step": torch.tensor(7.0),
+        "nothing": torch.zeros(0, 4),
+    }
+
+
+def test_round_trip_is_exact_and_only_the_newest_stay(tmp_path):
+    kept = Checkpoints(tmp_path / "c", keep=2)
+    for step in (1, 2, 10):
+        kept.save(step, tensors(step), {"sample": step * 8})
+    assert kept.steps() == [2, 10] and kept.state(10) == {"sample": 80}
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+    kept.load(10, loaded)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(10).items())
+    part = {"count": torch.zeros(2, dtype=torch.int64)}
+    kept.load(2, part, some=True)
+    assert torch.equal(part["count"], tensors()["count"])
+
+
+def test_views_of_one_flat_tensor_are_filled_in_place(tmp_path):
+    kept, flat = Checkpoints(tmp_path, keep=1), torch.arange(20.0)
+    kept.save(1, {"a": flat[:6].view(2, 3), "b": flat[6:]}, {})
+    other = torch.zeros(20)
+    kept.load(1, {"a": other[:6].view(2, 3), "b": other[6:]})
+    assert torch.equal(flat, other)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_files_are_named_with_the_step_to_go_on_from(tmp_path, damage):
+    kept = Checkpoints(tmp_path, keep=3)
+    kept.save(1, tensors(), {})
+    for name in sorted(path.name for path in kept.path(1).iterdir()):
+        kept.save(2, tensors(), {})
+        path = kept.path(2) / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        if damage == "remove":
+            path.unlink()
+        else:
+            path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)
+        if damage == "flip" and name == MANIFEST:
+            continue  # a flipped bit of the manifest may fall on a blank
+        with pytest.raises(CheckpointError, match=f"(?s){name}.*step 1"):
+            kept.load(2, tensors())
+    kept.load(1, tensors())
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(1, tensors(), {})
+    with pytest.raises(CheckpointError, match=r"'half' as \[11\], this model has it as \[12\]"):
+        kept.load(1, tensors() | {"half": torch.zeros(12, dtype=torch.bfloat16)})
+    with pytest.raises(CheckpointError, match="no tensor 'more'"):
+        kept.load(1, tensors() | {"more": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="holds 'half'"):
+        kept.load(1, {name: tensor for name, tensor in tensors().items() if name != "half"})
+
+
+def test_a_full_disk_loses_nothing(tmp_path):
+    """The operating system refuses to grow a file: the same path as no space left, without root."""
+    kept = Checkpoints(tmp_path, keep=1)
+    kept.save(1, tensors(), {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written; .*ulimit.*untouched: step 1"):
+            kept.save(2, {"large": torch.randn(5000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert kept.steps() == [1] and not list(tmp_path.glob("*" + WRITING))
+    kept.load(1, tensors())
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path):
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(CheckpointError, match="a file stands where a folder must be"):
+        Checkpoints(tmp_path / "run" / "checkpoints", keep=1).save(1, tensors(), {})
+
+
+def test_the_systems_error_is_found_behind_others():
+    inner = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        raise RuntimeError("writer failed") from inner
+    except RuntimeError as error:
+        assert _os_error(error) is inner
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from counterflow.train.checkpoint import Checkpoints
+kept = Checkpoints(Path(sys.argv[1]), keep=2)
+step = (kept.steps() or [0])[-1]
+print("ready", flush=True)
+while True:
+    step += 1
+    kept.save(step, {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}, {"sample": step})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_newest_loads(tmp_path):
+    dice = random.Random(0)
+    kept, environment = Checkpoints(tmp_path, keep=2), os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(dice.uniform(0.05, 0.4))
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        for step in kept.steps():
+            loaded = {"a": torch.zeros(200_000), "b": torch.tensor(0)}
+            kept.load(step, loaded)
+            assert loaded["b"] == step and (loaded["a"] == step).all() and kept.state(step) == {"sample": step}
+    assert kept.steps()
