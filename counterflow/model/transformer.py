@@ -6,6 +6,7 @@ loss of a token is seeded with 1 / (target tokens of the global batch) and every
 and ranks add up to the same gradient however the batch is cut. Counts of routed tokens are returned, not stored.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +146,16 @@ class Transformer(nn.Module):
             assert isinstance(flow, Flow), "a layer gives a Flow"
             return flow
         return module(*inputs)
+
+
+def named_routers(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(layer's name, bias) of every MoE layer in the order of `Losses.counts`."""
+    named = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
+    named += [(f"mtp.{index}", module.layer) for index, module in enumerate(model.mtp)]
+    for name, layer in named:
+        assert isinstance(layer, Layer), "the model is made of layers"
+        if layer.is_moe:
+            yield name, layer.router.bias
 
 
 def head_loss(

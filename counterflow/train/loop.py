@@ -1,190 +1,222 @@
-"""The training loop in one process: samples in, an optimizer step out, everything written so that it can go on.
+"""A run from its settings to its last checkpoint: started, resumed, measured, stopped, and never lost.
 
-A step is four lines: accumulate gradients over the micro-batches of the global batch, agree that they are finite,
-update, move the router biases. All that changes over a run (learning rate, λ, γ, batch) is a function of the share
-of samples already seen, and the samples are a function of their index, so the state of a run is its tensors and one
-integer. Resuming is therefore loading; there is no second path.
+Its folder holds run.toml, provenance.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, report.html and
+picture.png. Starting a run in a folder that has one goes on from its newest checkpoint, and refuses if any setting
+that decides its numbers is another one now.
 """
 
+import dataclasses
+import fcntl
+import json
+import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from counterflow.config.load import settings, to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
-from counterflow.errors import NonFiniteError
-from counterflow.model.balance import max_violation, step_bias
-from counterflow.model.debts import Ledger
-from counterflow.model.layer import Layer
-from counterflow.model.transformer import Transformer, initialise
+from counterflow.errors import CheckpointError, ConfigError
+from counterflow.kernels.memory import keep_freed_memory
 from counterflow.train import lr
-from counterflow.train.ema import Ema
-from counterflow.train.optim import Optimizer
+from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.metrics import Metrics, Progress
+from counterflow.train.provenance import provenance
+from counterflow.train.report import write_report
+from counterflow.train.restore import CHECKPOINTS, RUN_TOML, TOKENIZER, run_config
+from counterflow.train.trainer import Trainer
+from counterflow.units import count, seconds
+
+FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device")
+"""Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
+LN2 = 0.6931471805599453
 
 
-@dataclass
-class Totals:
-    """Sums over the micro-batches of a step."""
+def train(run: RunConfig) -> int:
+    """Train a run to its end or until a signal; the exit code, 0 when it is complete."""
+    run = resolve(run)
+    folder = Path(run.folder)
+    with locked(folder):
+        start_folder(run, folder)
+        checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints)
+        step = newest_sound(checkpoints)
+        if run.keep.resume == "must" and not step:
+            raise CheckpointError(f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto.")
+        if step and checkpoints.state(step)["sample"] >= lr.total_samples(run.train, run.data.sequence_length):
+            print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
+            return 0
+        samples = Samples(run.data, run.model.vocab_size, run.train.seed)
+        trainer = Trainer(run, samples, torch.device(run.train.device))
+        already = resume(trainer, checkpoints, step, samples)
+        (folder / f"provenance{f'-{step}' if step else ''}.json").write_text(json.dumps(provenance(), indent=1))
+        samples.tokenizer.save(folder / TOKENIZER)
+        introduce(trainer, folder, step)
+        return loop(trainer, folder, checkpoints, already)
 
-    nll: list[Tensor] = field(default_factory=list)
-    """Main, then each depth, in nats over all target tokens."""
-    balance: float = 0.0
-    counts: Tensor | None = None
 
-    def add(self, nll: tuple[Tensor, ...], balance: Tensor, counts: Tensor) -> None:
-        """One micro-batch more."""
-        self.nll = [a + b for a, b in zip(self.nll, nll)] if self.nll else list(nll)
-        self.balance += balance.item()
-        self.counts = counts if self.counts is None else self.counts + counts
+def resolve(run: RunConfig) -> RunConfig:
+    """The run with what was left to the machine decided, and the process set up for it."""
+    train = run.train
+    device = train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("train.device is 'cuda' and PyTorch sees no GPU; set train.device=cpu or check the driver.")
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    keep_freed_memory()
+    precision = train.precision
+    if precision == "auto":
+        native = device != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        precision = "bf16" if native else "fp32"
+    return dataclasses.replace(run, train=dataclasses.replace(train, device=device, precision=precision))
 
 
-class Trainer:
-    """A model, its optimizer and its place in the data; `step` advances it by one global batch."""
+def start_folder(run: RunConfig, folder: Path) -> None:
+    """Make the folder a run's, or check that it is this run's."""
+    known = folder / RUN_TOML
+    if known.is_file() and run.keep.resume == "never":
+        aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"The earlier run is now {aside}.")
+        folder.mkdir(parents=True)
+    if known.is_file():
+        changed = list(differences(run_config(folder), run))
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "
+                "name=... or keep.folder=..., take the old settings, or start anew with keep.resume=never."
+            )
+    beside = known.with_suffix(".new")
+    beside.write_text(to_toml(run))
+    beside.rename(known)
 
-    def __init__(self, run: RunConfig, samples: Samples, device: torch.device) -> None:
-        self.run, self.samples, self.device = run, samples, device
-        self.model = Transformer(run.model)
-        initialise(self.model, run.train.seed)
-        self.model.to(device)
-        self.model.recompute = run.train.recompute
-        self.optimizer = Optimizer(self.model, run.train, device)
-        self.routers = list(named_routers(self.model))
-        self.ema = Ema(dict(self.optimizer.masters()), run.train.ema_decay) if run.train.ema_decay else None
-        self.sample, self.steps = 0, 0
-        self.total = lr.total_samples(run.train, run.data.sequence_length)
 
-    @property
-    def done(self) -> float:
-        """Share of the run's samples already trained on."""
-        return self.sample / self.total
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    """Settings that decide numbers and are not the same, as 'key was x, is y'."""
+    for name in settings(type(old)):
+        key, before, after = prefix + name, getattr(old, name), getattr(new, name)
+        if before == after or key in FREE_TO_CHANGE:
+            continue
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            yield from differences(before, after, key + ".")
+        else:
+            yield f"{key} was {before!r}, is {after!r}"
 
-    def step(self) -> dict[str, object]:
-        """Train on the next global batch; what it measured, as metrics.jsonl has it. [§4.2 step]"""
-        start, train, length = time.perf_counter(), self.run.train, self.run.data.sequence_length
-        batch = lr.batch_size(train, length, self.sample)
-        mtp_weight = lr.mtp_weight(train, self.done)
-        totals = self.accumulate(batch, mtp_weight)
-        norm = self.optimizer.clip().item()
-        self.require_finite(totals, norm)
-        rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
-        self.optimizer.step(rate)
-        assert totals.counts is not None, "a step has at least one micro-batch"
-        for (_, bias), counts in zip(self.routers, totals.counts):
-            step_bias(bias, counts, speed)
-        if self.ema is not None:
-            self.ema.update()
-        self.sample += batch
-        self.steps += 1
-        seconds = time.perf_counter() - start
-        main, *depths = (nll.item() / (batch * length) for nll in totals.nll)
-        return {
-            "step": self.steps,
-            "samples": self.sample,
-            "tokens": self.sample * length,
-            "loss": main,
-            "mtp_loss": depths,
-            "balance_loss": totals.balance,
-            "grad_norm": norm,
-            "lr": rate,
-            "gamma": speed,
-            "mtp_weight": mtp_weight,
-            "batch": batch,
-            "tokens_per_s": batch * length / seconds,
-            "step_seconds": seconds,
-            **self.load(totals.counts),
-        }
 
-    def accumulate(self, batch: int, mtp_weight: float) -> Totals:
-        """Gradients, losses and counts of the next `batch` samples, summed over micro-batches."""
-        micro, length, totals = self.run.train.micro_batch_size, self.run.data.sequence_length, Totals()
-        scale = 1.0 / (batch * length)
-        for first in range(0, batch, micro):
-            samples = self.samples.train(self.sample + first, min(micro, batch - first)).to(self.device)
-            losses = self.model(samples, scale=scale, mtp_weight=mtp_weight, ledger=Ledger())
-            losses.total.backward()
-            self.optimizer.drain()
-            totals.add(tuple(nll.detach() for nll in losses.nll), losses.balance, losses.counts)
-        return totals
+def newest_sound(checkpoints: Checkpoints) -> int:
+    """The newest checkpoint that is as it was written; 0 without one. What is passed over is said."""
+    for step in reversed(checkpoints.steps()):
+        try:
+            checkpoints.verify(step)
+            return step
+        except CheckpointError as error:
+            if step == checkpoints.steps()[0]:
+                raise
+            print(f"counterflow: {error} Going on from the one before.", file=sys.stderr)
+    return 0
 
-    def load(self, counts: Tensor) -> dict[str, object]:
-        """Expert load of the step by layer, and how uneven it is."""
-        if not len(counts):
-            return {"load": {}}
-        worst = max_violation(counts)
-        load = {name: row for (name, _), row in zip(self.routers, counts.tolist())}
-        return {"max_vio": worst.mean().item(), "max_vio_worst": worst.max().item(), "load": load}
 
-    def require_finite(self, totals: Totals, norm: float) -> None:
-        """Stop before the update if a loss or the gradient is NaN or infinite; nothing has been changed yet."""
-        if torch.isfinite(torch.stack(totals.nll)).all() and norm < float("inf"):
-            return
-        raise NonFiniteError(
-            f"step {self.steps + 1}: {self.blame(norm)}. The checkpoints written so far are untouched. Try a lower "
-            f"train.lr.peak (now {self.run.train.lr.peak:g}), a longer train.lr.warmup, a smaller train.clip_norm or "
-            "train.precision=fp32, and resume."
+def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Samples) -> float:
+    """Fill the trainer from a checkpoint, if there is one; seconds trained before."""
+    if not step:
+        return 0.0
+    state = checkpoints.state(step)
+    if state["fingerprint"] != samples.fingerprint:
+        raise CheckpointError(
+            f"{checkpoints.path(step)} was trained on other text: a source, the tokenizer or the Python version has "
+            "changed. Bring the old text back, or start anew with keep.resume=never."
         )
-
-    @torch.no_grad()
-    def blame(self, norm: float) -> str:
-        """The first place in forward order that is not finite; else the gradient nearest the loss that is not."""
-        for name, weight in self.model.named_parameters():
-            if not torch.isfinite(weight).all():
-                return f"weight '{name}' is not finite"
-        samples = self.samples.train(self.sample, self.run.train.micro_batch_size).to(self.device)
-        context = self.model.context(len(samples), samples.shape[1] - 1)
-        h = self.model.embed(samples[:, :-1])
-        for index, layer in enumerate(self.model.layers):
-            h = layer(h, context).h
-            if not torch.isfinite(h).all():
-                return f"the output of layer {index} is not finite"
-        bad = [name for name, grad in self.optimizer.gradients() if not torch.isfinite(grad).all()]
-        where = f"the gradient of '{bad[-1]}' and {len(bad) - 1} more" if bad else "the gradient's norm"
-        return f"{where} is not finite (norm {norm:g})"
-
-    @torch.no_grad()
-    def held_out_loss(self, count: int) -> float:
-        """Mean −log p of the main model over the first `count` held-out samples, nats a token."""
-        micro, total, tokens = self.run.train.micro_batch_size, 0.0, 0
-        for first in range(0, count, micro):
-            samples = self.samples.held_out(first, min(micro, count - first)).to(self.device)
-            total += self.model(samples).nll[0].item()
-            tokens += samples.shape[0] * (samples.shape[1] - 1)
-        return total / tokens
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name."""
-        kept = self.optimizer.tensors() | {f"bias.{name}": bias for name, bias in self.routers}
-        if self.ema is not None:
-            kept |= {f"ema.{name}": average for name, average in self.ema.averages.items()}
-        return kept | {"rng": torch.get_rng_state()}
-
-    def loaded(self, sample: int, steps: int, rng: Tensor) -> None:
-        """Take up a place after `tensors()` have been filled from a checkpoint."""
-        self.sample, self.steps = sample, steps
-        self.optimizer.round_weights()
-        torch.set_rng_state(rng)
+    tensors = trainer.tensors()
+    checkpoints.load(step, tensors)
+    trainer.loaded(state["sample"], step, tensors["rng"])
+    return state["seconds"]
 
 
-def named_routers(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(layer's name, bias) of every MoE layer in the order of `Losses.counts`."""
-    named = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
-    named += [(f"mtp.{index}", module.layer) for index, module in enumerate(model.mtp)]
-    for name, layer in named:
-        assert isinstance(layer, Layer), "the model is made of layers"
-        if layer.is_moe:
-            yield name, layer.router.bias
+def introduce(trainer: Trainer, folder: Path, step: int) -> None:
+    """One line on what is about to be trained."""
+    run, samples = trainer.run, trainer.samples
+    parameters = count(sum(parameter.numel() for parameter in trainer.model.parameters()))
+    length = run.data.sequence_length
+    print(
+        f"{'Going on with' if step else 'Training'} {run.name}: {parameters} parameters in {run.train.precision} on "
+        f"{run.train.device}, {count(trainer.total * length)} of {count(samples.train_tokens)} tokens in "
+        f"{lr.num_steps(run.train, length)} steps{f', from step {step}' if step else ''}; {folder}/"
+    )
+
+
+def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> int:
+    """Steps until the end or a signal; 0, or 128 + the signal."""
+    keep, start = trainer.run.keep, time.perf_counter()
+    metrics = Metrics(folder, trainer.steps)
+    with stop_signals() as stops, Progress(trainer.total, trainer.sample) as progress:
+        while trainer.sample < trainer.total and not stops:
+            values = trainer.step()
+            last = trainer.sample >= trainer.total
+            if last or trainer.steps % keep.eval_every == 0:
+                values |= evaluate(trainer, None if last else keep.eval_samples)
+                progress.note(f"step {trainer.steps}: held-out {values['held_out_bpb']:.3f} bits per byte")
+            values |= {"seconds": already + time.perf_counter() - start, "memory_bytes": peak_memory()}
+            if last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values:
+                metrics.write(values)
+            progress.update(values)
+            if last or stops or trainer.steps % keep.checkpoint_every == 0:
+                state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
+                state["fingerprint"] = trainer.samples.fingerprint
+                checkpoints.save(trainer.steps, trainer.tensors(), state)
+    metrics.close()
+    write_report(folder)
+    if trainer.sample < trainer.total:
+        print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
+        return 128 + stops[0]
+    print(f"Trained {trainer.steps} steps in {seconds(values['seconds'])}.")
+    return 0
+
+
+def evaluate(trainer: Trainer, most: int | None) -> dict[str, float]:
+    """Held-out loss over at most so many samples (None: all), in nats a token and in bits per byte of text."""
+    held_out = trainer.samples.num_held_out
+    loss = trainer.held_out_loss(held_out if most is None else min(most, held_out))
+    return {"held_out_loss": loss, "held_out_bpb": loss / LN2 / trainer.samples.bytes_per_token}
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU if there is one, else the process's peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process trains in a folder; another is told so.
+
+    The lock file stands beside the folder, so that the folder itself may be moved aside while it is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {folder}; wait for it, or choose another folder with name=..."
+            ) from None
+        file.write(str(os.getpid()))
+        yield
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while inside, so that a step is never cut; a second SIGINT stops at once."""
+    """Collects SIGINT and SIGTERM while inside, so that no step is cut short; a second SIGINT stops at once."""
     got: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -198,15 +230,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def device_of(run: RunConfig) -> torch.device:
-    """The device that `train.device` names, cuda only where there is one."""
-    if run.train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run.train.device)
-
-
-def run_folder(run: RunConfig) -> Path:
-    """The run's folder."""
-    return Path(run.folder)

@@ -1,0 +1,1 @@
+"""Counterflow trains, runs, evaluates and plans language models of the DeepSeek-V3 architecture."""

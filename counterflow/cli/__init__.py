@@ -1,0 +1,62 @@
+"""The command line: `counterflow VERB`. Each verb builds its settings and calls one function.
+
+The table below is all that `counterflow --help` reads, so help answers before torch could be imported; a verb's
+module is imported when it is called. Users' errors end here as one line on stderr and an exit code.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+
+from counterflow.errors import ConfigError, CounterflowError, nearest
+
+VERBS: Mapping[str, str] = {
+    "train": "train a model: a run's name or a TOML file, then key=value overrides",
+    "generate": "sample text from a trained run",
+    "models": "list the named models with their parameter counts",
+    "where": 'find an item of the paper in the code: counterflow where "eq 16"',
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit code: 0 done, 2 a user's error, 3 not finite, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _call(words)
+    except CounterflowError as error:
+        print(f"counterflow: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("counterflow: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"counterflow: {error.filename}: {error.strerror}; free space or permissions may help.", file=sys.stderr)
+        return 2
+
+
+def _call(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"counterflow {version('counterflow')}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        raise ConfigError(f"'{verb}' is no verb; {nearest(verb, VERBS)} `counterflow --help` lists them.")
+    return import_module(f"counterflow.cli.{verb}").run(rest)
+
+
+def usage() -> str:
+    """What `counterflow --help` prints."""
+    verbs = "\n".join(f"  {verb:10}{line}" for verb, line in VERBS.items())
+    return (
+        "usage: counterflow VERB ...\n\nTrains, runs, evaluates and plans language models of the DeepSeek-V3 "
+        f"architecture.\n\n{verbs}\n\n`counterflow VERB --help` says more of one."
+    )

@@ -1,0 +1,72 @@
+"""`counterflow train`: one run, from its settings to its report and a sample.
+
+tyro prints the help, from the dataclasses' own docstrings; the settings themselves are read by `config.load`, so that
+a flag, an override and a line of TOML go one way and fail alike.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from counterflow.config.load import load_run
+from counterflow.config.run import RunConfig
+from counterflow.config.runs import RUNS
+from counterflow.errors import ConfigError
+
+HELP = """usage: counterflow train [RUN] [KEY=VALUE | --KEY VALUE ...]
+
+Train a model. RUN is a named run ({runs}; default tiny) or a .toml file; settings follow as overrides:
+
+  counterflow train tiny train.tokens=1e6 model.num_layers=6
+  counterflow train my.toml --data.sources texts/*.txt --keep.folder runs/mine
+
+`model=NAME` takes another named model, `model=PATH/config.json` a released one. The run is kept in runs/NAME; started
+again it goes on from its last checkpoint (keep.resume=never starts anew). Settings of '{name}':
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Train, then print where the report is and a sample."""
+    name, overrides, wants_help = split(list(arguments))
+    config = load_run(name, overrides)
+    if wants_help:
+        print(HELP.format(runs=", ".join(RUNS), name=name) + settings_help(config))
+        return 0
+    from counterflow.cli.generate import print_sample
+    from counterflow.train.loop import train
+
+    code = train(config)
+    if code == 0:
+        print_sample(config.folder)
+    return code
+
+
+def split(words: list[str]) -> tuple[str, list[str], bool]:
+    """(run, overrides as KEY=VALUE, whether help was asked for) from the words after the verb."""
+    wants_help = any(word in ("-h", "--help") for word in words)
+    words = [word for word in words if word not in ("-h", "--help")]
+    name = words.pop(0) if words and "=" not in words[0] and not words[0].startswith("--") else "tiny"
+    overrides: list[str] = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and "=" not in word:
+            if not words:
+                raise ConfigError(f"{word} has no value; write {word} VALUE or {word[2:]}=VALUE.")
+            word = f"{word}={words.pop(0)}"
+        overrides.append(word)
+    return name, overrides, wants_help
+
+
+def settings_help(config: RunConfig) -> str:
+    """tyro's table of every setting, its default and its meaning."""
+    shown = Annotated[RunConfig, tyro.conf.AvoidSubcommands]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        tyro.cli(shown, prog="counterflow train", default=config, args=["--help"], use_underscores=True)
+    text = out.getvalue()
+    return text[text.find("\n\n") :].strip("\n") if "\n\n" in text else text
+
+
