@@ -1,0 +1,51 @@
+"""The shapes of a run: continuous where they should be, and adding up to what was planned."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from counterflow.config.run import Train
+from counterflow.config.runs import RUNS
+from counterflow.train import lr
+
+pytestmark = pytest.mark.pure
+TRAIN = RUNS["v3-671b"].train
+
+
+def test_section_4_2_learning_rate_phases():
+    """Linear to 2.2e-4 over 2K steps, there until 10T tokens, cosine to 2.2e-5 over 4.3T, 333B there, then 7.3e-6."""
+    trillions = 14.8
+    assert lr.learning_rate(TRAIN, 0.0) == 0.0
+    for tokens, rate in ((5.0, 2.2e-4), (9.9, 2.2e-4), (14.4, 2.2e-5), (14.7, 7.3e-6)):
+        assert math.isclose(lr.learning_rate(TRAIN, tokens / trillions), rate, rel_tol=2e-3)
+    middle = lr.learning_rate(TRAIN, (10.0 + 2.15) / trillions)
+    assert math.isclose(middle, (2.2e-4 + 2.2e-5) / 2, rel_tol=1e-2)
+    for mark in (TRAIN.lr.warmup, TRAIN.lr.constant_until, TRAIN.lr.cosine_until):
+        before, after = (lr.learning_rate(TRAIN, mark + shift) for shift in (-1e-9, 1e-9))
+        assert math.isclose(before, after, rel_tol=1e-6)
+
+
+def test_mtp_weight_and_bias_speed_change_where_the_report_says():
+    assert [lr.mtp_weight(TRAIN, tokens / 14.8) for tokens in (9.9, 10.1)] == [0.3, 0.1]
+    assert [lr.bias_speed(TRAIN, tokens / 14.8) for tokens in (14.2, 14.4)] == [0.001, 0.0]
+
+
+@given(
+    st.integers(1, 8), st.integers(1, 12), st.integers(0, 12), st.floats(0.0, 1.0), st.floats(1.0, 1e5), st.integers(2, 64)
+)
+def test_batches_rise_in_micro_batches_and_add_up(micro, full, start, ramp, tokens, length):
+    train = Train(
+        tokens=tokens,
+        batch_size=full * micro,
+        batch_start=min(start, full) * micro,
+        batch_ramp_until=ramp,
+        micro_batch_size=micro,
+    )
+    batches = list(lr.steps(train, length))
+    total = lr.total_samples(train, length)
+    assert sum(batches) == total and total * length >= tokens and (total - micro) * length < tokens
+    assert all(batch % micro == 0 and batch > 0 for batch in batches)
+    assert batches[:-1] == sorted(batches[:-1]) and max(batches) <= train.batch_size
+    assert lr.num_steps(train, length) == len(batches)
