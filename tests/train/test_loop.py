@@ -1,0 +1,182 @@
+"""A run through the command line: whole, resumed, stopped, killed, and refused with one clear line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from counterflow.cli import main
+from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.metrics import read
+from counterflow.train.restore import CHECKPOINTS
+from tests.train.runs import overrides, write_text
+
+
+def counterflow(folder: Path, *more: str) -> int:
+    return main(["train", "tiny", *overrides(folder, *more)])
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    kept = Checkpoints(folder / "run" / CHECKPOINTS, 9)
+    path = kept.path(kept.steps()[-1])
+    metadata = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+    kept.load(kept.steps()[-1], tensors)
+    return tensors
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert counterflow(folder) == 0
+    return folder
+
+
+def test_a_run_leaves_all_that_it_promises(whole, capsys):
+    run = whole / "run"
+    for name in ("run.toml", "provenance.json", "tokenizer.json", "metrics.jsonl", "report.html", "picture.png", "sample.txt"):
+        assert (run / name).stat().st_size > 0, name
+    steps = read(run)
+    assert [step["step"] for step in steps] == list(range(1, 25))
+    assert steps[-1]["held_out_bpb"] > 0 and steps[9]["held_out_bpb"] > 0 and "held_out_bpb" not in steps[0]
+    assert main(["generate", "--run", str(run), "--prompt", "the pipeline", "--max-tokens", "5", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("the pipeline")
+    assert main(["generate", "--run", str(run), "--averaged", "--max-tokens", "3"]) == 0
+
+
+def test_a_complete_run_says_so_and_trains_no_more(whole, capsys):
+    before = (whole / "run" / "metrics.jsonl").read_text()
+    assert counterflow(whole) == 0
+    assert "is complete (step 24)" in capsys.readouterr().out
+    assert (whole / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(whole, tmp_path):
+    """SIGKILL, also while a checkpoint is written: every tensor bit for bit, and never one that does not load."""
+    write_text(tmp_path / "text.txt")
+    words = overrides(tmp_path, "keep.checkpoint_every=1")
+    environment, dice = os.environ | {"PYTHONWARNINGS": "ignore"}, random.Random(time.time_ns())
+    command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
+    kills = 0
+    while kills < 10:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if b" parameters in " in line:
+                break
+        time.sleep(dice.uniform(0.0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
+        for step in kept.steps():
+            kept.verify(step)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert same(final_state(tmp_path), final_state(whole))
+    timeless = [
+        [{key: value for key, value in row.items() if not key.endswith(("_s", "seconds", "_bytes"))} for row in read(folder)]
+        for folder in (tmp_path / "run", whole / "run")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_stop(tmp_path, number):
+    write_text(tmp_path / "text.txt")
+    words = overrides(tmp_path, "train.tokens=1e6", "keep.checkpoint_every=100000")
+    command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if " parameters in " in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(number)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "the same command goes on from here" in rest
+    assert len(Checkpoints(tmp_path / "run" / CHECKPOINTS, 1).steps()) == 1
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole, capsys):
+    assert counterflow(whole, "train.lr.peak=0.5") == 2
+    error = capsys.readouterr().err
+    assert "train.lr.peak was 0.003, is 0.5" in error and "keep.resume=never" in error
+    assert counterflow(whole, "model.num_layers=3") == 2
+    assert "model.num_layers was 2, is 3" in capsys.readouterr().err
+
+
+def test_never_moves_the_earlier_run_aside(tmp_path):
+    assert counterflow(tmp_path, "train.tokens=128") == 0
+    assert counterflow(tmp_path, "train.tokens=256", "keep.resume=never") == 0
+    assert len(list(tmp_path.glob("run*/run.toml"))) == 2
+
+
+def test_must_resume_fails_without_a_checkpoint(tmp_path, capsys):
+    assert counterflow(tmp_path, "keep.resume=must") == 2
+    assert "has no checkpoint" in capsys.readouterr().err
+
+
+def test_a_truncated_newest_checkpoint_is_passed_over_and_the_result_is_the_same(whole, tmp_path, capsys):
+    write_text(tmp_path / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 12)
+        assert counterflow(tmp_path) == 128 + signal.SIGTERM
+    kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
+    assert kept.steps() == [10, 12]
+    data = next(kept.path(12).glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-100])
+    assert counterflow(tmp_path) == 0
+    assert "is truncated" in capsys.readouterr().err
+    assert same(final_state(tmp_path), final_state(whole))
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGTERM when the step has been made."""
+    from counterflow.train.trainer import Trainer
+
+    plain = Trainer.step
+
+    def counted(self):
+        values = plain(self)
+        if self.steps == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    patch.setattr(Trainer, "step", counted)
+
+
+def test_other_text_under_the_same_settings_is_refused(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 5)
+        assert counterflow(tmp_path) == 128 + signal.SIGTERM
+    with (tmp_path / "text.txt").open("a") as file:
+        file.write("Something else.\n" * 50)
+    assert counterflow(tmp_path) == 2
+    assert "was trained on other text" in capsys.readouterr().err
+
+
+def test_no_run_and_no_checkpoint_are_said(tmp_path, capsys):
+    assert main(["generate", "--run", str(tmp_path / "nowhere")]) == 2
+    assert "is no run" in capsys.readouterr().err
+    assert main(["train", "tinny"]) == 2
+    assert "did you mean 'tiny'?" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
