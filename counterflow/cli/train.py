@@ -56,7 +56,7 @@ def split(words: list[str]) -> tuple[str, list[str], bool]:
             if not words:
                 raise ConfigError(f"{word} has no value; write {word} VALUE or {word[2:]}=VALUE.")
             word = f"{word}={words.pop(0)}"
-        overrides.append(word)
+        overrides.append(word.removeprefix("--"))
     return name, overrides, wants_help
 
 

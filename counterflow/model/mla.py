@@ -35,7 +35,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """MLA over whole sequences. [Eq. 1-2, Eq. 4-7, Eq. 9, Eq. 11]"""
+    """MLA over whole sequences. [Eq. 11]"""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Attention(nn.Module):
     def queries(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
     ) -> Float[Tensor, "B S N HR"]:
-        """Content and rotary query of every head."""
+        """Content and rotary query of every head. [Eq. 6-7, Eq. 9]"""
         latent = self.q_norm(self.q_down(u, ledger)) if self.config.q_lora_rank else u
         q = self.q_up(latent, ledger).view(sequences, -1, self.config.num_heads, self.config.qk_head_dim)
         content, rotary = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def keys_values(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
     ) -> tuple[Float[Tensor, "B S N HR"], Float[Tensor, "B S N V"]]:
-        """Keys (content of each head, the one rotary key for all) and values, both from the normalised latent."""
+        """Each head's keys (the rotary part shared) and values from the normalised latent. [Eq. 1-2, Eq. 4-5]"""
         config = self.config
         latent, shared = self.kv_down(u, ledger).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv = self.kv_up(self.kv_norm(latent), ledger).view(sequences, len(rope), config.num_heads, -1)

@@ -119,7 +119,7 @@ class Transformer(nn.Module):
     def deepen(
         self, module: nn.Module, h: Float[Tensor, "T D"], ahead: Int[Tensor, "B S"], context: Context
     ) -> tuple[Float[Tensor, "T D"], Flow]:
-        """One MTP depth further: hidden states after the module's final norm, and its layer's flow. [Eq. 23]"""
+        """One MTP depth further: hidden states after the module's final norm, and its layer's flow."""
         context = replace(context, rope=context.rope[: ahead.shape[1]])
         flow = self._run(module, h, self.embed(ahead, context.ledger), context)
         return module.norm(flow.h), flow
@@ -210,7 +210,7 @@ class _Embed(torch.autograd.Function):
 
 
 def initialise(model: Transformer, seed: int) -> None:
-    """Normal weights of the configured deviation, gains 1, biases 0; a function of seed and name order alone. [§4.2]
+    """Normal weights, gains 1, biases 0; a function of seed and name order alone. [§4.2 start]
 
     Drawn in fp32 on the CPU, so that every device and precision starts from the same numbers.
     """
