@@ -1,6 +1,6 @@
 """What does multi-token prediction do to the main model's held-out loss at equal steps?
 
-    python bench/ablate_mtp.py --seeds 0 1 2 3 4 --json records/DATE-mtp/raw.json train.tokens=1e6
+python bench/ablate_mtp.py --seeds 0 1 2 3 4 --json records/DATE-mtp/raw.json train.tokens=1e6
 """
 
 import argparse
@@ -13,13 +13,16 @@ from counterflow.train.provenance import provenance
 
 def main() -> None:
     """Train every variant with every seed; print the table; keep the raw numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="settings of the run all variants share, KEY=VALUE")
     parser.add_argument("--run", default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = study(arguments.run, arguments.overrides, MTP, arguments.seeds)
+    rows = study(arguments.run, arguments.overrides, MTP, arguments.seeds, arguments.jobs)
     print("\n" + summary(rows))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

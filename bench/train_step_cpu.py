@@ -1,6 +1,6 @@
-"""How fast is a CPU training step beside transformers' DeepseekV3, and how near the floor of its own products?
+"""How fast is a CPU training step beside transformers' DeepseekV3, and how near its products' floor?
 
-    python bench/train_step_cpu.py --json records/DATE-train-step-cpu/raw.json
+python bench/train_step_cpu.py --json records/DATE-train-step-cpu/raw.json
 """
 
 import argparse
@@ -53,7 +53,10 @@ def main() -> None:
                     "results": results,
                 }
             )
-    print(f"\n{'size':6}{'precision':>10}{'counterflow':>13}{'transformers':>14}{'ratio':>7}{'of floor':>10}  peak memory")
+    print(
+        f"\n{'size':6}{'precision':>10}{'counterflow':>13}{'transformers':>14}{'ratio':>7}{'of floor':>10}"
+        "  peak memory"
+    )
     for row in rows:
         ours, theirs = (row["results"][name] for name in ("counterflow", "transformers"))
         share = ours["median"] / row["floor_tokens_per_s"]

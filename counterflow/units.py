@@ -22,7 +22,11 @@ def seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     whole = round(value)
-    for size, sign, small, small_sign in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+    for size, sign, small, small_sign in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
         if whole >= size:
             return f"{whole // size} {sign} {whole % size // small} {small_sign}"
     return f"{value:.1f} s"

@@ -1,4 +1,4 @@
-"""The tests mirror the package. The type checker is imported here because the import hook looks it up as an attribute."""
+"""The tests mirror the package. The type checker is imported: the import hook looks it up as an attribute."""
 
 from tests import typecheck
 

@@ -1,7 +1,7 @@
 """The floors: a folder imports from lower floors only, never sideways. Imports inside functions count.
 
-The table is the one of docs/DESIGN.md, as data. The source is read, not imported; one subprocess then asks what the
-torch-free floors really pull in.
+The table is the one of docs/DESIGN.md, as data. The source is read, not imported; one subprocess then asks
+what the torch-free floors really pull in.
 """
 
 import ast
@@ -48,7 +48,7 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of everything a file imports, lazily or not; names as full as the statement gives them."""
+    """(dotted name, line) of everything a file imports, lazily or not; names as the statement gives them."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -97,6 +97,7 @@ def test_torch_free_floors_start_without_torch() -> None:
         if room in TORCH_FREE:
             parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
             names.append(".".join(part for part in parts if part != "__init__"))
-    code = f"import sys\nfor name in {names}: __import__(name)\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = f"import sys\nfor name in {names}: __import__(name)\n"
+    code += "print('torch' in sys.modules, 'numpy' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.split() == ["False", "False"], f"one of {names} imports torch or numpy"

@@ -1,4 +1,4 @@
-"""The checker that enforces the package's annotations, shapes included, while tests run: beartype, with ints for floats."""
+"""Enforces the package's annotations, shapes included, while tests run: beartype, with ints for floats."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,13 +1,15 @@
 """The same run with one thing changed: what balancing does to load and loss, what MTP does to the main loss.
 
-Variants differ by overrides alone and see the same samples in the same order, seed by seed; every run is measured on
-the whole held-out part. Nothing is kept but numbers, so a study needs no folders.
+Variants differ by overrides alone and see the same samples in the same order, seed by seed; every run is
+measured on the whole held-out part. Nothing is kept but numbers, so a study needs no folders.
 """
 
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -39,25 +41,32 @@ def study(
     overrides: Sequence[str],
     variants: Mapping[str, Sequence[str]],
     seeds: Sequence[int],
+    jobs: int = 1,
     tell: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """One row a variant and seed: held-out loss and bits per byte, MaxVio over the run, and the course of both."""
+    """One row a variant and seed: held-out loss and bits per byte, MaxVio over the run, and the course of both.
+
+    `jobs` runs go at a time, each in a process of its own.
+    """
+    tasks = [
+        (name, seed, resolve(load_run(base, [*overrides, *changes, f"train.seed={seed}"])))
+        for seed in seeds
+        for name, changes in variants.items()
+    ]
     rows = []
-    for seed in seeds:
-        for name, changes in variants.items():
-            run = resolve(load_run(base, [*overrides, *changes, f"train.seed={seed}"]))
-            rows.append({"variant": name, "seed": seed, **measure(run)})
-            row = rows[-1]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for (name, seed, _), measured in zip(tasks, pool.map(measure, [run for _, _, run in tasks])):
+            rows.append({"variant": name, "seed": seed, **measured})
             tell(
-                f"seed {seed} {name:10} held-out {row['held_out_bpb']:.4f} bits per byte, MaxVio "
-                f"{row['max_vio']:.2f} (worst layer {row['max_vio_worst']:.2f}), dead experts {row['dead_experts']}, "
-                f"{row['seconds']:.0f} s"
+                f"seed {seed} {name:10} held-out {measured['held_out_bpb']:.4f} bits per byte, MaxVio "
+                f"{measured['max_vio']:.2f} (worst layer {measured['max_vio_worst']:.2f}), dead experts "
+                f"{measured['dead_experts']}, {measured['seconds']:.0f} s"
             )
     return rows
 
 
 def measure(run: RunConfig) -> dict[str, Any]:
-    """Train a run without a folder; its final measurements, MaxVio as the mean over the last tenth of the steps."""
+    """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
     keep_freed_memory()
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
     trainer, start, course = Trainer(run, samples, torch.device(run.train.device)), time.perf_counter(), []
@@ -92,7 +101,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{mean_and_spread([row[key] for row in mine], digits):>{width}}"
             for key, digits, width in (("held_out_bpb", 4, 18), ("max_vio", 2, 16), ("max_vio_worst", 2, 16))
         )
-        lines.append(f"{name:12}{len(mine):>5}{cells}{sum(row['dead_experts'] for row in mine) / len(mine):>6.1f}")
+        lines.append(
+            f"{name:12}{len(mine):>5}{cells}{sum(row['dead_experts'] for row in mine) / len(mine):>6.1f}"
+        )
     return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
-"""How fast a training step is beside transformers' DeepseekV3 of the same size, and how near the floor of its products.
+"""How fast a training step is beside transformers' DeepseekV3, and how near the floor of its products.
 
-Each contender lives in a process of its own, since allocator settings and thread pools are a process's; the parent
-asks them for a few steps in turn, so that a noisy minute hits all alike. A step is forward, backward, clipping and
-AdamW on random tokens, MTP off on both sides. In bf16 transformers updates bf16 weights directly, which is less work
-than our fp32 masters and moments; nothing is taken off for that. The floor is the time of the step's own matrix
-products (forward, both gradients), each alone, at its shape and dtype, into memory already there.
+Each contender lives in a process of its own, since allocator settings and thread pools are a process's; the
+parent asks them for a few steps in turn, so that a noisy minute hits all alike. A step is forward, backward,
+clipping and AdamW on random tokens, MTP off on both sides. In bf16 transformers updates bf16 weights
+directly, which is less work than our fp32 masters and moments; nothing is taken off for that. The floor is
+the time of the step's own matrix products (forward, both gradients), each alone, at its shape and dtype, into
+memory already there.
 """
 
 import statistics
@@ -113,7 +114,9 @@ def _theirs(setting: Setting) -> tuple[int, Callable]:
 
     settings = to_released(replace(setting.model, num_mtp_modules=0))
     config = DeepseekV3Config(**settings | {"use_cache": False})
-    model = DeepseekV3ForCausalLM._from_config(config, attn_implementation="sdpa", experts_implementation="grouped_mm")
+    model = DeepseekV3ForCausalLM._from_config(
+        config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+    )
     model.to(torch.bfloat16 if setting.precision == "bf16" else torch.float32).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -127,7 +130,10 @@ def _theirs(setting: Setting) -> tuple[int, Callable]:
     return sum(parameter.numel() for parameter in model.parameters()), step
 
 
-CONTENDERS: dict[str, Callable[[Setting], tuple[int, Callable]]] = {"counterflow": _ours, "transformers": _theirs}
+CONTENDERS: dict[str, Callable[[Setting], tuple[int, Callable]]] = {
+    "counterflow": _ours,
+    "transformers": _theirs,
+}
 
 
 def _peak_bytes() -> int:
@@ -138,16 +144,17 @@ def _peak_bytes() -> int:
 def products(setting: Setting) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
     """(how many, (batch, M, K, N)) of every matrix product of a step: forward, then both gradients."""
     model, tokens = setting.model, setting.tokens
+    layers, width, latent = model.num_layers, model.hidden_size, model.kv_lora_rank
     heads, inner = setting.sequences * model.num_heads, model.moe_intermediate_size
     linear = [
-        (model.num_layers, (1, tokens, model.q_lora_rank or model.hidden_size, model.num_heads * model.qk_head_dim)),
-        (model.num_layers, (1, tokens, model.hidden_size, model.kv_lora_rank + model.qk_rope_head_dim)),
-        (model.num_layers, (1, tokens, model.kv_lora_rank, model.num_heads * (model.qk_nope_head_dim + model.v_head_dim))),
-        (model.num_layers, (1, tokens, model.num_heads * model.v_head_dim, model.hidden_size)),
-        (1, (1, tokens, model.hidden_size, model.vocab_size)),
+        (layers, (1, tokens, model.q_lora_rank or width, model.num_heads * model.qk_head_dim)),
+        (layers, (1, tokens, width, latent + model.qk_rope_head_dim)),
+        (layers, (1, tokens, latent, model.num_heads * (model.qk_nope_head_dim + model.v_head_dim))),
+        (layers, (1, tokens, model.num_heads * model.v_head_dim, width)),
+        (1, (1, tokens, width, model.vocab_size)),
     ]
     if model.q_lora_rank:
-        linear.append((model.num_layers, (1, tokens, model.hidden_size, model.q_lora_rank)))
+        linear.append((layers, (1, tokens, width, model.q_lora_rank)))
     experts = model.num_moe_layers * model.num_routed_experts
     rows = tokens * model.num_experts_per_token // model.num_routed_experts
     for count, wide, rows_each in (
@@ -156,7 +163,7 @@ def products(setting: Setting) -> Iterator[tuple[int, tuple[int, int, int, int]]
         (experts, inner, rows),
     ):
         if count and wide:
-            linear += [(count, (1, rows_each, model.hidden_size, 2 * wide)), (count, (1, rows_each, wide, model.hidden_size))]
+            linear += [(count, (1, rows_each, width, 2 * wide)), (count, (1, rows_each, wide, width))]
     for count, (batch, m, k, n) in linear:
         yield count, (batch, m, k, n)
         yield count, (batch, m, n, k)
@@ -166,7 +173,7 @@ def products(setting: Setting) -> Iterator[tuple[int, tuple[int, int, int, int]]
         m, n = min(block, setting.length - start), min(start + block, setting.length)
         qk, v = model.qk_head_dim, model.v_head_dim
         for shape in ((m, qk, n), (m, n, v), (m, v, n), (n, m, v), (m, n, qk), (n, m, qk)):
-            yield model.num_layers, (heads, *shape)
+            yield layers, (heads, *shape)
 
 
 def floor(setting: Setting, repeats: int = 7) -> tuple[float, float]:

@@ -34,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"counterflow: {error.filename}: {error.strerror}; free space or permissions may help.", file=sys.stderr)
+        print(
+            f"counterflow: {error.filename}: {error.strerror}; free space or permissions may help.",
+            file=sys.stderr,
+        )
         return 2
 
 

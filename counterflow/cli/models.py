@@ -20,6 +20,8 @@ def _models() -> None:
     print(f"{'model':10}{'total':>12}{'active':>12}{'MTP':>12}  layers  experts")
     for name, model in MODELS.items():
         sizes = count_parameters(model)
-        experts = f"{model.num_routed_experts} + {model.num_shared_experts}, top {model.num_experts_per_token}"
+        experts = (
+            f"{model.num_routed_experts} + {model.num_shared_experts}, top {model.num_experts_per_token}"
+        )
         numbers = "".join(f"{count(size):>12}" for size in (sizes.total, sizes.active, sizes.mtp))
         print(f"{name:10}{numbers}  {model.num_layers:>6}  {experts}")

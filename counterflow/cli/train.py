@@ -68,5 +68,3 @@ def settings_help(config: RunConfig) -> str:
         tyro.cli(shown, prog="counterflow train", default=config, args=["--help"], use_underscores=True)
     text = out.getvalue()
     return text[text.find("\n\n") :].strip("\n") if "\n\n" in text else text
-
-

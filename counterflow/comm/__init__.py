@@ -1,4 +1,4 @@
-"""Meshes, lanes, channels, dispatch. Here only the table of dispatch backends: to add one, a file and a line."""
+"""Meshes, lanes, channels, dispatch. Here only the table of backends: to add one, a file and a line."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,9 +1,10 @@
 """How tokens reach their experts and come back: four calls that every backend answers alike.
 
-A token travels once to a rank that holds any of its experts, with the ids and gates that are meant for that rank;
-the receiver expands it to its pairs, gates the SwiGLU output, and sums before anything travels back. So `dispatch`
-moves rows and `combine` sums rows, and so do their backwards: the backward of combine is a dispatch of output
-gradients, the backward of dispatch a combine of input gradients, with the gates' gradient beside it.
+A token travels once to a rank that holds any of its experts, with the ids and gates that are meant for that
+rank; the receiver expands it to its pairs, gates the SwiGLU output, and sums before anything travels back. So
+`dispatch` moves rows and `combine` sums rows, and so do their backwards: the backward of combine is a
+dispatch of output gradients, the backward of dispatch a combine of input gradients, with the gates' gradient
+beside it.
 
 Calls return `Pending` because a transfer runs beside computation; `wait` orders what follows after it.
 """
@@ -28,7 +29,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Arrived:
-    """Rows that came to this rank, and for each which of this rank's experts it is for; −1 marks no expert."""
+    """Rows that came to this rank, and for each which of its experts it is for; −1 marks no expert."""
 
     rows: Float[Tensor, "A D"]
     ids: Int[Tensor, "A K"]
@@ -50,7 +51,7 @@ class Pending(Generic[Value]):
 
 @runtime_checkable
 class Dispatcher(Protocol):
-    """A backend. `into` is the residual plus the shared experts' output, to which combine adds in one rounding."""
+    """A backend. `into` is residual plus shared experts' output; combine adds to it in one rounding."""
 
     def dispatch(self, x: Float[Tensor, "T D"], route: Route) -> Pending[Arrived]:
         """Each row once to every rank that holds one of its experts."""

@@ -1,8 +1,9 @@
 """From a name or a TOML file plus dotted overrides to one RunConfig, and back to TOML.
 
-Unknown keys fail and name the nearest: a misspelt setting that is read past costs a training run. Types are checked
-here, once, against the dataclasses' annotations; what is impossible is said by the dataclasses themselves. The
-standard library reads TOML but does not write it; the writer below knows just what a RunConfig holds.
+Unknown keys fail and name the nearest: a misspelt setting that is read past costs a training run. Types are
+checked here, once, against the dataclasses' annotations; what is impossible is said by the dataclasses
+themselves. The standard library reads TOML but does not write it; the writer below knows just what a
+RunConfig holds.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from counterflow.errors import ConfigError, nearest
 def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `name` (of RUNS) or a TOML file describes, with overrides such as "train.lr.peak=1e-3".
 
-    In TOML, `base = "tiny"` starts from a named run and `model.base = "small"` from a named model; `model` may also be
-    a name or the path of a released config.json, in TOML as in an override.
+    In TOML, `base = "tiny"` starts from a named run and `model.base = "small"` from a named model; `model`
+    may also be a name or the path of a released config.json, in TOML as in an override.
     """
     tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
     for override in overrides:
@@ -59,7 +60,9 @@ def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]
     if isinstance(given, str):
         given = {"base": given}
     if not isinstance(given, Mapping):
-        raise ConfigError(f"model is {given!r}; give a model's name, a config.json's path or a table of settings.")
+        raise ConfigError(
+            f"model is {given!r}; give a model's name, a config.json's path or a table of settings."
+        )
     rest = dict(given)
     base = rest.pop("base", None)
     if base is None:
@@ -78,7 +81,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name.") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
 
@@ -90,7 +95,9 @@ def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
         if isinstance(inner, str):
             inner = {"base": inner}
         if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting.")
+            raise ConfigError(
+                f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting."
+            )
         tree[key] = dict(inner)
         tree = tree[key]
     tree[keys[-1]] = value
@@ -166,7 +173,9 @@ def _tables(value: Any, kind: type, key: str) -> tuple[Any, ...]:
     for index, item in enumerate(items):
         table = {"path": item} if isinstance(item, str) else item
         if not isinstance(table, Mapping):
-            raise ConfigError(f"{key}[{index}] is {item!r}; it must be a path or a table with path, weight, field.")
+            raise ConfigError(
+                f"{key}[{index}] is {item!r}; it must be a path or a table with path, weight, field."
+            )
         out.append(_build(kind(), table, f"{key}."))
     return tuple(out)
 

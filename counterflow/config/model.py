@@ -1,12 +1,12 @@
-"""One frozen dataclass that says what a model is, with the paper's symbols and the sizes that follow from them.
+"""One frozen dataclass that says what a model is, with the paper's symbols and the sizes that follow.
 
-No torch here: the planner, the pictures and `counterflow --help` read sizes in a blink. What the model is *trained*
-with (learning rate, bias speed, MTP weight) is in `run.py`; the balance loss stands here because the router's
-forward computes it.
+No torch here: the planner, the pictures and `counterflow --help` read sizes in a blink. What the model is
+*trained* with (learning rate, bias speed, MTP weight) is in `run.py`; the balance loss stands here because
+the router's forward computes it.
 
-Legend (used by every shape in the package): T tokens, D width, N heads, H content width of a head, R rotary width,
-C latent, Q query latent, E experts, K chosen, P pairs of token and expert, A rows arrived, F expert width,
-V vocabulary, B sequences, S tokens of one sequence.
+Legend (used by every shape in the package): T tokens, D width, N heads, H content width of a head, R rotary
+width, C latent, Q query latent, E experts, K chosen, P pairs of token and expert, A rows arrived, F expert
+width, V vocabulary, B sequences, S tokens of one sequence.
 """
 
 from dataclasses import dataclass, field
@@ -35,8 +35,8 @@ class Balance:
     sequence_alpha: float = 1e-4
     """α of the complementary sequence-wise loss (Eq. 17); 0 switches it off."""
     auxiliary: str = "none"
-    """The conventional loss, as a baseline: none, switch (fraction × mean probability) or gshard (the same with
-    the top-1 fraction)."""
+    """The conventional loss, as a baseline: none, switch (fraction × mean probability) or gshard (the same
+    with the top-1 fraction)."""
     auxiliary_alpha: float = 1e-3
     """Weight of the conventional loss; V2-Lite's expert-level factor."""
 
@@ -79,9 +79,13 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1")
+            _require(
+                getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}", "it must be at least 1"
+            )
         for name in ("num_dense_layers", "q_lora_rank", "num_shared_experts", "num_mtp_modules"):
-            _require(getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}", "it must not be negative")
+            _require(
+                getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}", "it must not be negative"
+            )
         self._check_sizes()
         if self.balance.auxiliary not in AUXILIARY_LOSSES:
             hint = nearest(self.balance.auxiliary, AUXILIARY_LOSSES)
@@ -117,8 +121,8 @@ class ModelConfig:
         _require(
             self.num_experts_per_token <= reachable,
             f"model.num_experts_per_token is {self.num_experts_per_token}",
-            f"{self.num_limited_groups} groups of {self.experts_per_group} experts offer {reachable}: lower it or "
-            "raise model.num_limited_groups",
+            f"{self.num_limited_groups} groups of {self.experts_per_group} experts offer {reachable}: lower "
+            "it or raise model.num_limited_groups",
         )
 
     @property

@@ -1,7 +1,7 @@
 """MODELS: the named architectures. To add one, add an entry; tests run over the table.
 
-`tiny` has every feature on at a size that a laptop trains in minutes; `v3-16b` is the report's small ablation model,
-"similar to DeepSeek-V2-Lite" [§3.3]; `v3-671b` is DeepSeek-V3 [§4.2].
+`tiny` has every feature on at a size that a laptop trains in minutes; `v3-16b` is the report's small ablation
+model, "similar to DeepSeek-V2-Lite" [§3.3]; `v3-671b` is DeepSeek-V3 [§4.2].
 """
 
 from collections.abc import Mapping

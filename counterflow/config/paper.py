@@ -1,12 +1,14 @@
 """Where each item of the DeepSeek-V3 report lives in the code: "eq 16" to a file and a line.
 
-The first docstring line of the one definition that is an item ends in its tag, such as [Eq. 16]; whoever merely uses
-it carries none. The source is read with `ast`, not imported, so that a look-up needs no torch and sees every file. A
-table kept by hand was the other way; it goes stale at the first renamed function. `docs/PAPER.md` is printed from the
-tags (`make paper`) without line numbers, which would change it with every edit.
+The first docstring line of the one definition that is an item ends in its tag, such as [Eq. 16]; whoever
+merely uses it carries none. The source is read with `ast`, not imported, so that a look-up needs no torch and
+sees every file. A table kept by hand was the other way; it goes stale at the first renamed function.
+`docs/PAPER.md` is printed from the tags (`make paper`) without line numbers, which would change it with every
+edit.
 
-A tag lists items: an equation, figure or table or a range of them (Eq. 13-16), a section (§4.2), or one named thing of
-a section (§4.1 packing). Named things have one home; a bare section says only where numbers come from.
+A tag lists items: an equation, figure or table or a range of them (Eq. 13-16), a section (§4.2), or one named
+thing of a section (§4.1 packing). Named things have one home; a bare section says only where numbers come
+from.
 """
 
 import ast
@@ -60,8 +62,8 @@ def index() -> str:
     lines = [
         "# The report's items in the code",
         "",
-        "Generated from the docstrings by `make paper`; do not edit. Items of arXiv:2412.19437; what is left out on",
-        "purpose, or not yet built, stands with its reason in `tests/test_paper.py`.",
+        "Generated from the docstrings by `make paper`; do not edit. Items of arXiv:2412.19437; what is",
+        "left out on purpose, or not yet built, stands with its reason in `tests/test_paper.py`.",
         '`counterflow where "eq 16"` also gives the line and the tests.',
         "",
         "| item | definition | what it is |",
@@ -76,7 +78,7 @@ def index() -> str:
 
 
 def find(query: str) -> list[Found]:
-    """What `query` means: "eq 16", "Figure 2", "eq 13-16", "§4.2", "4.2 AdamW", or words of a sentence or name."""
+    """What `query` means: "eq 16", "Figure 2", "eq 13-16", "§4.2", "4.2 AdamW", or words of a sentence."""
     wanted = _parse(query)
     if wanted:
         homes = [home for home in items() if any(_covers(item, home.item) for item in wanted)]
@@ -119,7 +121,7 @@ def _homes(path: Path) -> Iterator[Home]:
 def _documented(
     node: ast.Module | ast.ClassDef | ast.FunctionDef, name: str
 ) -> Iterator[tuple[str, int, str]]:
-    """(dotted name, line, docstring) of a definition and those inside it; a string under an assignment counts."""
+    """(dotted name, line, docstring) of a definition and those inside; text under an assignment counts."""
     doc = ast.get_docstring(node, clean=False)
     if doc:
         yield name, getattr(node, "lineno", 1), doc

@@ -1,7 +1,7 @@
 """A released DeepSeek-V3 `config.json` as a model config, and back, key for key.
 
-What our model cannot be (softmax scoring, tied embeddings, biases …) is refused rather than read past: a loader that
-skips what it does not know gives a model that runs and is wrong.
+What our model cannot be (softmax scoring, tied embeddings, biases …) is refused rather than read past: a
+loader that skips what it does not know gives a model that runs and is wrong.
 """
 
 import json
@@ -91,18 +91,25 @@ def from_released(released: Mapping[str, Any]) -> ModelConfig:
     `aux_loss_alpha` are read though the 671B file's values contradict the report; set them for training.
     """
     for name, value in FIXED.items():
-        if name in released and released[name] != value and name not in ("attention_dropout", "ep_size", "seq_aux"):
+        if (
+            name in released
+            and released[name] != value
+            and name not in ("attention_dropout", "ep_size", "seq_aux")
+        ):
             raise ConfigError(
-                f"{name} is {released[name]!r} in the released config; this architecture needs {value!r}: the "
-                "checkpoint is of another model."
+                f"{name} is {released[name]!r} in the released config; this architecture needs {value!r}: "
+                "the checkpoint is of another model."
             )
     missing = [theirs for theirs in (*NAMES.values(), "model_type") if released.get(theirs) is None]
     if missing:
-        raise ConfigError(f"the released config lacks '{missing[0]}'; a DeepSeek-V3 config.json names it: add the key.")
-    if released.get("num_key_value_heads", released["num_attention_heads"]) != released["num_attention_heads"]:
         raise ConfigError(
-            f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as many as "
-            f"num_attention_heads, {released['num_attention_heads']}: the checkpoint is of another model."
+            f"the released config lacks '{missing[0]}'; a DeepSeek-V3 config.json names it: add the key."
+        )
+    heads = released["num_attention_heads"]
+    if released.get("num_key_value_heads", heads) != heads:
+        raise ConfigError(
+            f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as many "
+            f"as num_attention_heads, {heads}: the checkpoint is of another model."
         )
     rope = {**(released.get("rope_scaling") or {}), **(released.get("rope_parameters") or {})}
     settings = {ours: released[theirs] for ours, theirs in NAMES.items()}
@@ -135,9 +142,13 @@ def read_released(path: Path) -> ModelConfig:
     try:
         released = json.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the path of a config.json.") from None
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give the path of a config.json."
+        ) from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}); give the config.json of a released checkpoint.") from None
+        raise ConfigError(
+            f"{path} is not JSON ({error}); give the config.json of a released checkpoint."
+        ) from None
     if not isinstance(released, dict):
         raise ConfigError(f"{path} holds no JSON object; give the config.json of a released checkpoint.")
     return from_released(released)

@@ -1,7 +1,8 @@
 """What a run is: model, data, training, folder. Frozen dataclasses whose names are the command line's flags.
 
-Shapes over the run (learning rate, batch ramp, λ, γ) are fractions of its tokens, so that one setting serves a run
-of a million tokens and one of 14.8 trillion; the defaults are the report's own, divided by 14.8 T [§4.2].
+Shapes over the run (learning rate, batch ramp, λ, γ) are fractions of its tokens, so that one setting serves
+a run of a million tokens and one of 14.8 trillion; the defaults are the report's own, divided by 14.8 T
+[§4.2].
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ RESUMES = ("auto", "must", "never")
 
 @dataclass(frozen=True)
 class Source:
-    """One source of text: a file, folder or glob of .txt, .jsonl, .parquet (.py for code), or 'python-stdlib'."""
+    """One source of text: a file, folder or glob of .txt, .jsonl, .parquet, .py, or 'python-stdlib'."""
 
     path: str = "python-stdlib"
     weight: float = 1.0
@@ -30,7 +31,7 @@ class Data:
 
     sources: tuple[Source, ...] = (Source(),)
     tokenizer: str = "train"
-    """'train': a byte-level BPE of model.vocab_size learnt once from the training part; else a tokenizer.json."""
+    """'train': a byte-level BPE of model.vocab_size learnt from the training part; else a tokenizer.json."""
     sequence_length: int = 256
     fim_rate: float = 0.1
     """Share of documents rewritten prefix, suffix, middle."""
@@ -104,7 +105,7 @@ class Train:
     ema_decay: float = 0.0
     """Decay per step of the averaged weights kept on the CPU; 0 keeps none."""
     precision: str = "fp32"
-    """fp32, bf16 with fp32 master weights, gradients and moments, or auto: bf16 where the hardware multiplies it."""
+    """fp32, bf16 with fp32 masters, gradients and moments, or auto: bf16 where the hardware multiplies it."""
     recompute: bool = False
     """Keep only each layer's input for backward and run the layer again there."""
     seed: int = 0
@@ -118,8 +119,8 @@ class Train:
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.batch_size % self.micro_batch_size or self.batch_start % self.micro_batch_size:
             raise ConfigError(
-                f"train.batch_size is {self.batch_size} and train.batch_start {self.batch_start}; both must be "
-                f"multiples of train.micro_batch_size, which is {self.micro_batch_size}."
+                f"train.batch_size is {self.batch_size} and train.batch_start {self.batch_start}; both must "
+                f"be multiples of train.micro_batch_size, which is {self.micro_batch_size}."
             )
         if self.batch_start > self.batch_size:
             raise ConfigError(
@@ -144,8 +145,8 @@ class Keep:
     folder: str = ""
     """Empty: runs/NAME."""
     resume: str = "auto"
-    """auto: go on from the folder's last checkpoint, or start; must: fail without one; never: start anew, the old
-    folder moved aside."""
+    """auto: go on from the folder's last checkpoint, or start; must: fail without one; never: start anew, the
+    old folder moved aside."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always writes one."""
     checkpoints: int = 2

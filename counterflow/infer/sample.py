@@ -1,4 +1,4 @@
-"""Samples text from a model, one token after another, with nothing cached: every token runs the whole sequence.
+"""Samples text from a model token by token, with nothing cached: every token runs the whole sequence.
 
 Plain on purpose: it is the reference for the engine with its cached latents. MTP modules take no part.
 """
@@ -16,7 +16,7 @@ from counterflow.model.transformer import Transformer
 def choose_token(
     logits: Float[Tensor, "V"], temperature: float, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token: the best at temperature 0, else drawn from the smallest set of best tokens that holds `top_p`."""
+    """One token: the best at temperature 0, else drawn from the fewest best tokens that hold `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
     p, ids = torch.softmax(logits.double() / temperature, dim=-1).sort(descending=True, stable=True)
@@ -44,7 +44,9 @@ def sample_tokens(
             "top_p above 0 and at most 1."
         )
     if not prompt:
-        raise ConfigError("the prompt is empty; give at least one token (the end token starts a new document).")
+        raise ConfigError(
+            "the prompt is empty; give at least one token (the end token starts a new document)."
+        )
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_tokens):

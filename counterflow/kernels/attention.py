@@ -1,10 +1,11 @@
-"""Causal attention with queries and keys wider than values, forward and backward, on whatever device is there.
+"""Causal attention with queries and keys wider than values, forward and backward, on any device.
 
 The reference is PyTorch's `scaled_dot_product_attention`. On a GPU its cuDNN backend is chosen by name: the
-memory-efficient one, PyTorch's pick for unequal widths, is three to nine times slower. On a CPU PyTorch's fused
-kernel is slower than two plain products and a softmax at the lengths that a CPU trains (bf16, 8 × 4 heads × 256:
-3.4 + 8.4 ms against 1.2 + 1.6), so up to `EXPLICIT_LENGTH` the probabilities are made block of queries by block of
-queries, only over the keys such a block may see, and kept for backward; above it memory would grow with the square.
+memory-efficient one, PyTorch's pick for unequal widths, is three to nine times slower. On a CPU PyTorch's
+fused kernel is slower than two plain products and a softmax at the lengths that a CPU trains (bf16, 8 × 4
+heads × 256: 3.4 + 8.4 ms against 1.2 + 1.6), so up to `EXPLICIT_LENGTH` the probabilities are made block of
+queries by block of queries, only over the keys such a block may see, and kept for backward; above it memory
+would grow with the square.
 """
 
 import torch
@@ -32,7 +33,7 @@ def attention(
 
 class _Explicit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):  # noqa: ANN001
+    def forward(ctx, q, k, v, scale):
         batch, heads, length, _ = q.shape
         q, k, v = (x.reshape(batch * heads, length, x.shape[-1]) for x in (q, k, v))
         out = v.new_empty(batch * heads, length, v.shape[-1])
@@ -49,7 +50,7 @@ class _Explicit(torch.autograd.Function):
         return out.view(batch, heads, length, -1)
 
     @staticmethod
-    def backward(ctx, dout):  # noqa: ANN001  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *probabilities = ctx.saved_tensors
         dout = dout.reshape(len(q), *dout.shape[2:])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,9 +1,9 @@
 """Products of rows grouped by expert with each expert's own matrix, forward and for the weight gradient.
 
-Rows come sorted by expert and `ends[e]` is where expert e's rows end, so an expert may have none. On a GPU this is
-PyTorch's `grouped_mm`, which reads `ends` on the device; on a CPU a loop of plain products into one output is as
-fast (835 against 810 GFLOP/s in bf16 at 16 × 512 × 256 × 256) and accepts every dtype, odd sizes and empty experts.
-The padded alternative (a capacity per expert) drops or wastes rows and is not taken.
+Rows come sorted by expert and `ends[e]` is where expert e's rows end, so an expert may have none. On a GPU
+this is PyTorch's `grouped_mm`, which reads `ends` on the device; on a CPU a loop of plain products into one
+output is as fast (835 against 810 GFLOP/s in bf16 at 16 × 512 × 256 × 256) and accepts every dtype, odd sizes
+and empty experts. The padded alternative (a capacity per expert) drops or wastes rows and is not taken.
 """
 
 import torch
@@ -49,5 +49,7 @@ def add_grouped_product(
 
 
 def _fused(x: Tensor, weight: Tensor) -> bool:
-    aligned = all(size * x.element_size() % GROUPED_ALIGNMENT == 0 for size in (x.shape[1], *weight.shape[1:]))
+    aligned = all(
+        size * x.element_size() % GROUPED_ALIGNMENT == 0 for size in (x.shape[1], *weight.shape[1:])
+    )
     return x.is_cuda and x.dtype == torch.bfloat16 and aligned and len(x) > 0

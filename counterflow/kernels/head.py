@@ -1,9 +1,10 @@
-"""Logits, cross-entropy and both its gradients in one pass over blocks of tokens, so that no logits outlive a block.
+"""Logits, cross-entropy and both gradients in one pass over blocks of tokens: no logits outlive a block.
 
-At 671B the logits of one 4K sequence take 2 GB a prediction depth; kept for backward they would be the largest
-activation of the model. A block's gradient is known as soon as its softmax is, so forward makes it at once: the
-gradient of the hidden states is kept (T × D), that of the head's weight is added where it belongs, and backward only
-hands the former on. The other way, recomputing logits in backward, costs a third product of that size.
+At 671B the logits of one 4K sequence take 2 GB a prediction depth; kept for backward they would be the
+largest activation of the model. A block's gradient is known as soon as its softmax is, so forward makes it at
+once: the gradient of the hidden states is kept (T × D), that of the head's weight is added where it belongs,
+and backward only hands the former on. The other way, recomputing logits in backward, costs a third product of
+that size.
 """
 
 import torch
@@ -32,8 +33,8 @@ def cross_entropy(
 ) -> tuple[Float[Tensor, "T"], Float[Tensor, "T D"] | None]:
     """−log p(target) of every token in fp32 nats, and scale × its gradient with respect to h.
 
-    With `dweight` (fp32) given, scale × the weight's gradient is added to it; without, no gradient is made at all.
-    Cost: one product forward and two for the gradients.   Memory: one block of logits.
+    With `dweight` (fp32) given, scale × the weight's gradient is added to it; without, no gradient is made at
+    all. Cost: one product forward and two for the gradients.   Memory: one block of logits.
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     nll = h.new_empty(len(h), dtype=wide)
@@ -48,8 +49,9 @@ def cross_entropy(
         log_sum = logits.amax(-1).to(p.dtype) - p.amax(-1).log()
         nll[rows] = log_sum - logits.gather(1, target)[:, 0].to(p.dtype)
         if dh is not None and dweight is not None:
-            dlogits = p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target)).to(h.dtype).mul_(scale)
+            dlogits = (
+                p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target)).to(h.dtype).mul_(scale)
+            )
             torch.mm(dlogits, weight, out=dh[rows])
             add_product(dweight, dlogits, h[rows])
     return nll, dh
-

@@ -1,8 +1,8 @@
 """SwiGLU on the two halves of one projection, with the gate of the token-expert pair folded in.
 
-The gate multiplies here, before the down projection, so that no expert output has to be kept for the gate's own
-gradient [PAPER: where the gate is applied]. Forward keeps only its input; backward makes the product again, which
-costs one pass and saves the widest activation of the layer [§3.2.3].
+The gate multiplies here, before the down projection, so that no expert output has to be kept for the gate's
+own gradient [PAPER: where the gate is applied]. Forward keeps only its input; backward makes the product
+again, which costs one pass and saves the widest activation of the layer [§3.2.3].
 """
 
 import torch
@@ -21,13 +21,15 @@ def swiglu(gate_up: Float[Tensor, "P F2"], gates: Float[Tensor, "P"] | None) -> 
 def swiglu_backward(
     dout: Float[Tensor, "P F"], gate_up: Float[Tensor, "P F2"], gates: Float[Tensor, "P"] | None
 ) -> tuple[Float[Tensor, "P F2"], Float[Tensor, "P"] | None, Float[Tensor, "P F"]]:
-    """Gradients of the input and of the gates, and the forward's output again (the weight gradient's operand)."""
+    """Gradients of the input and of the gates, and the forward's output (the weight gradient's operand)."""
     left, right = gate_up.chunk(2, dim=-1)
     silu = F.silu(left)
     out = silu * right
     dgates = None
     if gates is not None:
-        dgates = torch.linalg.vecdot(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, out)))
+        dgates = torch.linalg.vecdot(
+            *(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dout, out))
+        )
         column = gates.to(out.dtype)[:, None]
         dout, out = dout * column, out.mul_(column)
     dgate_up = torch.empty_like(gate_up)

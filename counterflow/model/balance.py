@@ -1,12 +1,12 @@
-"""Even expert load: the bias step, the complementary sequence-wise loss, and the conventional losses as baseline.
+"""Even expert load: the bias step, the complementary sequence-wise loss, and conventional losses as baseline.
 
-The bias follows the load over the whole batch of a step and pushes with a fixed speed against it; no gradient is
-involved, so the language model's loss is left alone. The sequence-wise loss only guards against a single lopsided
-sequence. Counts are integers and come back from forward as a result, never added to a buffer there: so recomputation
-and evaluation cannot count twice.
+The bias follows the load over the whole batch of a step and pushes with a fixed speed against it; no gradient
+is involved, so the language model's loss is left alone. The sequence-wise loss only guards against a single
+lopsided sequence. Counts are integers and come back from forward as a result, never added to a buffer there:
+so recomputation and evaluation cannot count twice.
 
-Where the report is silent: f of Eq. 18 uses the unbiased scores' top-K without group limit, as printed; losses are
-averaged over the sequences of the global batch and summed over layers.
+Where the report is silent: f of Eq. 18 uses the unbiased scores' top-K without group limit, as printed;
+losses are averaged over the sequences of the global batch and summed over layers.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""SwiGLU networks: one for every token (dense layers, shared experts), or many for few tokens each (routed experts).
+"""SwiGLU networks: one for every token (dense layers, shared experts), or many for few each (routed experts).
 
-Arrived rows are expanded to (row, expert) pairs sorted by expert, multiplied group by group, gated on the SwiGLU
-output and summed back per row by the inverse of the sort: a gather, so the order of every sum is fixed and a run
-repeats bit for bit; a scatter-add would not promise that on a GPU. No token is dropped: an expert takes as many
-rows as chose it, none included. Kept for backward are the arrived rows and the projections before SwiGLU; pairs are
-gathered again and the SwiGLU output made again where the weight gradients need them.
+Arrived rows are expanded to (row, expert) pairs sorted by expert, multiplied group by group, gated on the
+SwiGLU output and summed back per row by the inverse of the sort: a gather, so the order of every sum is fixed
+and a run repeats bit for bit; a scatter-add would not promise that on a GPU. No token is dropped: an expert
+takes as many rows as chose it, none included. Kept for backward are the arrived rows and the projections
+before SwiGLU; pairs are gathered again and the SwiGLU output made again where the weight gradients need them.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 
 
 def sort_pairs(ids: Int[Tensor, "A K"], num_experts: int) -> Pairs:
-    """The pairs of arrived rows with their local experts, −1 being none. Nothing waits for the host on a GPU."""
+    """The pairs of arrived rows and their local experts, −1 being none. No wait for the host on a GPU."""
     flat = ids.flatten()
     flat = torch.where(flat < 0, num_experts, flat)
     slots = flat.argsort(stable=True)
@@ -67,7 +67,9 @@ class Experts(nn.Module):
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, ledger: Any) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, ledger: Any
+    ) -> Any:
         pairs = sort_pairs(ids, len(gate_up))
         inner = grouped_matmul(x.index_select(0, pairs.rows), gate_up.transpose(1, 2), pairs.ends)
         out = grouped_matmul(swiglu(inner, gates.flatten()[pairs.slots]), down.transpose(1, 2), pairs.ends)
@@ -111,7 +113,7 @@ def _settle(
 
 
 class GatedMlp(nn.Module):
-    """One SwiGLU network for all tokens: the dense layers' FFN, and the shared experts as one wide network."""
+    """One SwiGLU network for all tokens: dense layers' FFN, and the shared experts as one wide network."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

@@ -1,10 +1,12 @@
 """A transformer layer as four parts, and its forward as their composition.
 
-ATTN is attention, the FFN's norm and the router; DISPATCH sends tokens to experts; MLP is the shared and the routed
-experts; COMBINE brings their sums home onto the residual. A pipeline issues the parts one by one, a plain pass calls
-`forward`: one path, so the overlapped one cannot drift. Dense layers are ATTN and MLP; their transfers are nothing.
+ATTN is attention, the FFN's norm and the router; DISPATCH sends tokens to experts; MLP is the shared and the
+routed experts; COMBINE brings their sums home onto the residual. A pipeline issues the parts one by one, a
+plain pass calls `forward`: one path, so the overlapped one cannot drift. Dense layers are ATTN and MLP; their
+transfers are nothing.
 
-What a pass needs besides the hidden states comes as a `Context`, an argument: no global knows of shapes or ranks.
+What a pass needs besides the hidden states comes as a `Context`, an argument: no global knows of shapes or
+ranks.
 """
 
 from dataclasses import dataclass, replace
@@ -50,13 +52,13 @@ class Flow:
     y: Float[Tensor, "A D"] | None = None
     """The arrived rows' sums over their experts."""
     balance: Float[Tensor, ""] | None = None
-    """The router's loss, scaled for backward. It arises and is seeded here, in the layer that has the router."""
+    """The router's loss, scaled for backward. It arises and is seeded in the layer that has the router."""
     counts: Int[Tensor, "E"] | None = None
     """Tokens given to each expert."""
 
 
 class Router(nn.Module):
-    """Scores of every expert, the choice, and the balance loss. The bias is a buffer that `balance.step_bias` moves."""
+    """Expert scores, the choice, the balance loss. The bias is a buffer that `balance.step_bias` moves."""
 
     bias: Tensor
 
@@ -118,7 +120,9 @@ class Layer(nn.Module):
         if flow.route is None or flow.u is None:
             return flow
         ticket: list[Arrived] = []
-        rows, gates = _Dispatch.apply(flow.u, flow.route.gates, flow.route.ids, flow.context.dispatcher, ticket)
+        rows, gates = _Dispatch.apply(
+            flow.u, flow.route.gates, flow.route.ids, flow.context.dispatcher, ticket
+        )
         return replace(flow, arrived=replace(ticket[0], rows=rows, gates=gates))
 
     def mlp(self, flow: Flow) -> Flow:

@@ -1,12 +1,12 @@
 """Multi-head latent attention: keys and values of all heads grow from one small latent.
 
-This is the expanded form, for training and prefill: multi-head attention with H + R wide queries and keys and V wide
-values. (The absorbed form, which reads the cached latent as it is, serves decoding and lives with the cache.) Both
-latents are normalised before they are expanded [§4.2]; the rotary key is shared by all heads and comes from the
-hidden state itself. With `q_lora_rank` 0 queries have no latent, as in the 16B model.
+This is the expanded form, for training and prefill: multi-head attention with H + R wide queries and keys and
+V wide values. (The absorbed form, which reads the cached latent as it is, serves decoding and lives with the
+cache.) Both latents are normalised before they are expanded [§4.2]; the rotary key is shared by all heads and
+comes from the hidden state itself. With `q_lora_rank` 0 queries have no latent, as in the 16B model.
 
-The matrices are fused as in the released weights: W_DKV with W_KR, W_UQ with W_QR (content | rotary per head), W_UK
-with W_UV (key | value per head).
+The matrices are fused as in the released weights: W_DKV with W_KR, W_UQ with W_QR (content | rotary per
+head), W_UK with W_UV (key | value per head).
 """
 
 import torch
@@ -73,7 +73,7 @@ class Attention(nn.Module):
     def keys_values(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
     ) -> tuple[Float[Tensor, "B S N HR"], Float[Tensor, "B S N V"]]:
-        """Each head's keys (the rotary part shared) and values from the normalised latent. [Eq. 1-2, Eq. 4-5]"""
+        """Each head's keys (rotary part shared) and values from the normalised latent. [Eq. 1-2, Eq. 4-5]"""
         config = self.config
         latent, shared = self.kv_down(u, ledger).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         kv = self.kv_up(self.kv_norm(latent), ledger).view(sequences, len(rope), config.num_heads, -1)

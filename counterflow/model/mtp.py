@@ -1,9 +1,9 @@
 """Multi-token prediction: D modules in sequence, each looking one token further, the causal chain unbroken.
 
-Module k merges the hidden states of depth k − 1 with the embeddings of the tokens k ahead and runs one whole layer
-over them; embedding and head are the main model's own. The embedding comes first in the merge, as the released
-weights need it (the report prints the hidden state first; from scratch the order is all one). The hidden state of
-depth 0 is the main model's after its final norm, that of depth k the module's after its own.
+Module k merges the hidden states of depth k − 1 with the embeddings of the tokens k ahead and runs one whole
+layer over them; embedding and head are the main model's own. The embedding comes first in the merge, as the
+released weights need it (the report prints the hidden state first; from scratch the order is all one). The
+hidden state of depth 0 is the main model's after its final norm, that of depth k the module's after its own.
 """
 
 import torch

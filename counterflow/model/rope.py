@@ -1,7 +1,8 @@
 """Rotary positions on adjacent pairs, and YaRN's stretched frequencies for long contexts.
 
-Pairs are adjacent elements (interleaved), as the released weights have them, turned as complex numbers in fp32. The
-table is made once and passed in; a chunk of a sequence takes its own slice, so nothing here knows about positions.
+Pairs are adjacent elements (interleaved), as the released weights have them, turned as complex numbers in
+fp32. The table is made once and passed in; a chunk of a sequence takes its own slice, so nothing here knows
+about positions.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Which experts a token goes to, and how their outputs are weighed.
 
-The bias picks and the score weighs: experts are chosen by score + bias, under a limit of groups per token, and the
-gates are made of the scores alone, so that balancing load does not bend the output. Losing groups are masked with
-−inf, not with 0: a kept expert whose biased score is negative must still win over a masked one (transformers masks
-with 0 there, and so chooses differently once biases fall below −score).
+The bias picks and the score weighs: experts are chosen by score + bias, under a limit of groups per token,
+and the gates are made of the scores alone, so that balancing load does not bend the output. Losing groups are
+masked with −inf, not with 0: a kept expert whose biased score is negative must still win over a masked one
+(transformers masks with 0 there, and so chooses differently once biases fall below −score).
 """
 
 import torch
@@ -19,7 +19,7 @@ def affinities(logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
 
 
 def choose(scores: Float[Tensor, "T E"], bias: Float[Tensor, "E"], config: ModelConfig) -> Int[Tensor, "T K"]:
-    """The K best experts by score + bias within the best groups; nothing is differentiated. [Eq. 14, Eq. 16]"""
+    """The K best experts by score + bias in the best groups; nothing is differentiated. [Eq. 14, Eq. 16]"""
     biased = scores.detach() + bias
     if config.num_limited_groups < config.num_groups:
         biased = limit_groups(biased, config.num_groups, config.num_limited_groups)
@@ -27,7 +27,7 @@ def choose(scores: Float[Tensor, "T E"], bias: Float[Tensor, "E"], config: Model
 
 
 def limit_groups(biased: Float[Tensor, "T E"], groups: int, limit: int) -> Float[Tensor, "T E"]:
-    """−inf wherever the group is not among the `limit` best by the sum of its two best. [§2.1.2 node limit]"""
+    """−inf where the group is not among the `limit` best by the sum of its two best. [§2.1.2 node limit]"""
     grouped = biased.unflatten(-1, (groups, -1))
     best = grouped.topk(2, dim=-1).values.sum(-1).topk(limit, dim=-1, sorted=False).indices
     lost = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, False)

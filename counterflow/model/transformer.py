@@ -1,9 +1,10 @@
 """The whole model in one process: embedding, layers, final norm, MTP modules, head. The plain loop that every
 parallel path is held against.
 
-A sample is S + 1 tokens: S inputs with their S next-token targets; prediction depth k has S − k targets left. The
-loss of a token is seeded with 1 / (target tokens of the global batch) and every reduction is a sum, so micro-batches
-and ranks add up to the same gradient however the batch is cut. Counts of routed tokens are returned, not stored.
+A sample is S + 1 tokens: S inputs with their S next-token targets; prediction depth k has S − k targets left.
+The loss of a token is seeded with 1 / (target tokens of the global batch) and every reduction is a sum, so
+micro-batches and ranks add up to the same gradient however the batch is cut. Counts of routed tokens are
+returned, not stored.
 """
 
 from collections.abc import Iterator
@@ -82,9 +83,10 @@ class Transformer(nn.Module):
         mtp_weight: float = 0.0,
         ledger: Ledger | None = None,
     ) -> Losses:
-        """Losses of samples of S + 1 tokens; `scale` is 1 / (B S) unless the batch is larger than these. [Eq. 25]
+        """Losses of samples of S + 1 tokens; `scale` is 1 / (B S) unless the batch is larger. [Eq. 25]
 
-        MTP modules run only where `mtp_weight` (λ) is above 0.   Cost of keeping activations: see `recompute`.
+        MTP modules run only where `mtp_weight` (λ) is above 0.   Cost of keeping activations: see
+        `recompute`.
         """
         sequences, length = samples.shape[0], samples.shape[1] - 1
         scale = 1.0 / (sequences * length) if scale is None else scale
@@ -130,7 +132,7 @@ class Transformer(nn.Module):
         return (h @ self.head.t()).view(*tokens.shape, -1)
 
     def draft_logits(self, tokens: Int[Tensor, "B S"]) -> list[Float[Tensor, "B Sk V"]]:
-        """Logits of every MTP depth k for positions 0 … S − k − 1, each for the token k + 1 ahead. [Eq. 23]"""
+        """Logits of each MTP depth k for positions 0 … S − k − 1, each for the token k + 1 ahead. [Eq. 23]"""
         context = self.context(*tokens.shape)
         h, _ = self.trunk(tokens, context)
         drafts = []
@@ -187,7 +189,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         dh, *dweight = ctx.saved_tensors
         if not dweight:
-            # The head's gradient was added in forward, seeded with 1, so the loss must be the root of backward.
+            # The head's gradient was added in forward, seeded with 1, so the loss must be the root of
+            # backward.
             return dh, None, None, None, None
         return dh * dloss.to(dh.dtype), (dweight[0] * dloss).to(ctx.dtype), None, None, None
 
@@ -216,7 +219,7 @@ def initialise(model: Transformer, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, value in model.named_parameters():
+        for value in model.parameters():
             if value.dim() == 1:
                 value.fill_(1.0)
             else:

@@ -1,9 +1,9 @@
 """Names and layouts of the released checkpoints, both ways.
 
-One list of entries says for every parameter here which released tensors it is made of and how: as it is, stacked
-over experts, or two halves side by side. Reading and writing walk the same list, so they cannot disagree. MTP module
-k stands at `model.layers.{num_layers + k}` and carries copies of embedding and head, written from the shared ones
-and, on reading, required to equal them.
+One list of entries says for every parameter here which released tensors it is made of and how: as it is,
+stacked over experts, or two halves side by side. Reading and writing walk the same list, so they cannot
+disagree. MTP module k stands at `model.layers.{num_layers + k}` and carries copies of embedding and head,
+written from the shared ones and, on reading, required to equal them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ EXPERT_PARTS = (("gate_proj", "up_proj"), ("down_proj",))
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of ours: its name, and the released names of its rows' parts, expert by expert if stacked."""
+    """One tensor of ours: its name, and its rows' parts' released names, expert by expert if stacked."""
 
     name: str
     released: tuple[tuple[str, ...], ...]
@@ -99,8 +99,9 @@ def to_released(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 def load_released(model: Transformer, read: Callable[[str], Tensor], names: set[str]) -> None:
     """Fill the model from released tensors: `names` are there, `read` gives one.
 
-    Fails (CheckpointError) with the tensor's name where one is missing, of another shape, or left over. MTP copies
-    of embedding and head may be missing, but may not differ.   Cost: one tensor at a time in memory beside the model.
+    Fails (CheckpointError) with the tensor's name where one is missing, of another shape, or left over. MTP
+    copies of embedding and head may be missing, but may not differ.   Cost: one tensor at a time in memory
+    beside the model.
     """
     mine, left = dict(model.state_dict()), set(names)
     for entry in entries(model.config):
@@ -113,25 +114,28 @@ def load_released(model: Transformer, read: Callable[[str], Tensor], names: set[
         if copy in left:
             left.discard(copy)
             if not torch.equal(_read(read, copy, names, mine[name]).to(mine[name]), mine[name]):
-                raise CheckpointError(f"'{copy}' differs from '{name}'; MTP modules share the main model's tensor.")
+                raise CheckpointError(
+                    f"'{copy}' differs from '{name}'; MTP modules share the main model's tensor."
+                )
     if left:
         first = sorted(left)[0]
         raise CheckpointError(
-            f"'{first}' and {len(left) - 1} more tensors have no place in this model; the config must describe the "
-            "checkpoint: compare num_hidden_layers, num_nextn_predict_layers and n_routed_experts."
+            f"'{first}' and {len(left) - 1} more tensors have no place in this model; the config must "
+            "describe the checkpoint: see num_hidden_layers, num_nextn_predict_layers and n_routed_experts."
         )
 
 
 def _read(read: Callable[[str], Tensor], name: str, names: set[str], like: Tensor) -> Tensor:
     if name not in names:
         raise CheckpointError(
-            f"tensor '{name}' is not in the checkpoint; the config promises it: check the config's sizes, or that "
-            "all shards are there."
+            f"tensor '{name}' is not in the checkpoint; the config promises it: check the config's sizes, or "
+            "that all shards are there."
         )
     tensor = read(name)
     if tensor.shape != like.shape:
         raise CheckpointError(
-            f"tensor '{name}' is {list(tensor.shape)}; the config makes it {list(like.shape)}: check the config's sizes."
+            f"tensor '{name}' is {list(tensor.shape)}; the config makes it {list(like.shape)}: "
+            "check the config's sizes."
         )
     return tensor
 

@@ -1,4 +1,4 @@
-"""Parameters of a model, part by part, from its config alone: no torch, so a plan of 671 billion starts in a blink.
+"""Parameters of a model, part by part, from its config alone: no torch, so 671 billion take a blink.
 
 A test holds the sums against the tensors of the real modules on the meta device, for every entry of MODELS.
 """

@@ -105,7 +105,9 @@ class Checkpoints:
                 found = "missing" if size < 0 else f"truncated: it has {size} bytes"
                 raise CheckpointError(f"{path} is {found}, not {expected['bytes']}; {self._instead(step)}")
             if _crc(path) != expected["crc32"]:
-                raise CheckpointError(f"{path} is corrupt: its CRC is not the manifest's; {self._instead(step)}")
+                raise CheckpointError(
+                    f"{path} is corrupt: its CRC is not the manifest's; {self._instead(step)}"
+                )
 
     def _instead(self, step: int) -> str:
         others = [other for other in self.steps() if other != step]
@@ -123,7 +125,9 @@ class Checkpoints:
         saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
         for name in sorted(set(tensors) ^ set(saved)):
             if name in tensors:
-                raise CheckpointError(f"{path} has no tensor '{name}'; it is of another model or other settings.")
+                raise CheckpointError(
+                    f"{path} has no tensor '{name}'; it is of another model or other settings."
+                )
             if not some:
                 raise CheckpointError(f"{path} holds '{name}', which this run lacks; it is of another model.")
         for name, tensor in tensors.items():
@@ -182,7 +186,9 @@ def _os_error(error: BaseException | None) -> OSError | None:
         if isinstance(one, OSError):
             return one
         if isinstance(one, CheckpointException):
-            seen += [failure[0] if isinstance(failure, tuple) else failure for failure in one.failures.values()]
+            seen += [
+                failure[0] if isinstance(failure, tuple) else failure for failure in one.failures.values()
+            ]
         if one is not None:
             seen += [one.__cause__, one.__context__]
     return None

@@ -49,14 +49,20 @@ def train(run: RunConfig) -> int:
         checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints)
         step = newest_sound(checkpoints)
         if run.keep.resume == "must" and not step:
-            raise CheckpointError(f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto.")
-        if step and checkpoints.state(step)["sample"] >= lr.total_samples(run.train, run.data.sequence_length):
+            raise CheckpointError(
+                f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
+            )
+        if step and checkpoints.state(step)["sample"] >= lr.total_samples(
+            run.train, run.data.sequence_length
+        ):
             print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
             return 0
         samples = Samples(run.data, run.model.vocab_size, run.train.seed)
         trainer = Trainer(run, samples, torch.device(run.train.device))
         already = resume(trainer, checkpoints, step, samples)
-        (folder / f"provenance{f'-{step}' if step else ''}.json").write_text(json.dumps(provenance(), indent=1))
+        (folder / f"provenance{f'-{step}' if step else ''}.json").write_text(
+            json.dumps(provenance(), indent=1)
+        )
         samples.tokenizer.save(folder / TOKENIZER)
         introduce(trainer, folder, step)
         return loop(trainer, folder, checkpoints, already)
@@ -69,7 +75,9 @@ def resolve(run: RunConfig) -> RunConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("train.device is 'cuda' and PyTorch sees no GPU; set train.device=cpu or check the driver.")
+        raise ConfigError(
+            "train.device is 'cuda' and PyTorch sees no GPU; set train.device=cpu or check the driver."
+        )
     if train.threads:
         torch.set_num_threads(train.threads)
     keep_freed_memory()

@@ -65,7 +65,9 @@ class Optimizer:
         betas = (train.beta1, train.beta2)
         adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_eps, fused=True)
         for group in adam.param_groups:
-            for flat in group["params"]:  # the state exists before the first step, so that a checkpoint can fill it
+            for flat in group[
+                "params"
+            ]:  # the state exists before the first step, so that a checkpoint can fill it
                 adam.state[flat] = {
                     "step": torch.zeros((), device=flat.device),
                     "exp_avg": torch.zeros_like(flat),

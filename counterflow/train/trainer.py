@@ -44,6 +44,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, samples: Samples, device: torch.device) -> None:
         self.run, self.samples, self.device = run, samples, device
+        torch.manual_seed(run.train.seed)
         self.model = Transformer(run.model)
         initialise(self.model, run.train.seed)
         self.model.to(device)

@@ -24,7 +24,9 @@ def test_help_answers_in_under_a_second():
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "counterflow", "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "counterflow", "--help"], capture_output=True, text=True, check=True
+        )
         times.append(time.perf_counter() - start)
     assert min(times) < 1.0
     assert all(verb in done.stdout for verb in VERBS)
@@ -32,14 +34,24 @@ def test_help_answers_in_under_a_second():
 
 def test_flags_overrides_and_names_are_read_one_way():
     assert split([]) == ("tiny", [], False)
-    assert split(["small", "--train.tokens", "5", "a.b=c", "--x=y"]) == ("small", ["train.tokens=5", "a.b=c", "x=y"], False)
+    assert split(["small", "--train.tokens", "5", "a.b=c", "--x=y"]) == (
+        "small",
+        ["train.tokens=5", "a.b=c", "x=y"],
+        False,
+    )
     assert split(["--model", "v3-16b", "-h"]) == ("tiny", ["model=v3-16b"], True)
 
 
 def test_train_help_lists_settings_with_their_meaning(capsys):
     assert main(["train", "small", "--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("counterflow train", "train.lr.peak", "data.fim-rate", "prefix, suffix, middle", "model.num-layers"):
+    for word in (
+        "counterflow train",
+        "train.lr.peak",
+        "data.fim-rate",
+        "prefix, suffix, middle",
+        "model.num-layers",
+    ):
         assert word.replace("-", "_") in out or word in out, word
 
 

@@ -44,8 +44,15 @@ def test_toml_round_trip(tmp_path_factory, name, rate, sources, yarn):
 
 
 def test_overrides_and_bases(tmp_path):
-    run = load_run("tiny", ["train.lr.peak=1e-4", "--model.num_layers=6", "name=other", "train.recompute=true"])
-    assert (run.train.lr.peak, run.model.num_layers, run.name, run.train.recompute) == (1e-4, 6, "other", True)
+    run = load_run(
+        "tiny", ["train.lr.peak=1e-4", "--model.num_layers=6", "name=other", "train.recompute=true"]
+    )
+    assert (run.train.lr.peak, run.model.num_layers, run.name, run.train.recompute) == (
+        1e-4,
+        6,
+        "other",
+        True,
+    )
     assert load_run("tiny", ["model=v3-16b"]).model == MODELS["v3-16b"]
     assert load_run("tiny", ["model=small", "model.num_layers=3"]).model.num_layers == 3
     path = tmp_path / "a.toml"

@@ -12,7 +12,7 @@ from counterflow.kernels.product import add_product
 from counterflow.kernels.swiglu import swiglu, swiglu_backward
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
-"""Relative to the largest element: rounding times a few dozen operations; bf16 keeps 8 bits and rounds each pass."""
+"""Relative to the largest element: rounding times a few dozen operations; bf16 keeps 8 bits a pass."""
 DTYPES = list(BOUNDS)
 
 
@@ -36,7 +36,9 @@ def test_attention_forward_and_gradients(shape, dtype):
     v = torch.randn(*shape, 10, dtype=dtype)
 
     def plain(q, k, v):
-        scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(torch.ones(shape[2], shape[2]).triu(1).bool(), -1e300)
+        scores = (q @ k.transpose(-1, -2) * 0.3).masked_fill(
+            torch.ones(shape[2], shape[2]).triu(1).bool(), -1e300
+        )
         return torch.softmax(scores, -1) @ v
 
     expected, dout, gradients = reference_gradients(plain, q, k, v)
@@ -54,7 +56,10 @@ def test_grouped_products_with_empty_experts_and_rows_past_the_end(counts, dtype
     ends, rows = torch.tensor(counts).cumsum(0), sum(counts) + 2
     x, weight = torch.randn(rows, 6, dtype=dtype), torch.randn(4, 6, 9, dtype=dtype)
     out = grouped_matmul(x, weight, ends)
-    dy, total = torch.randn(rows, 9, dtype=dtype), torch.randn(4, 9, 6, dtype=torch.promote_types(dtype, torch.float32))
+    dy, total = (
+        torch.randn(rows, 9, dtype=dtype),
+        torch.randn(4, 9, 6, dtype=torch.promote_types(dtype, torch.float32)),
+    )
     expected_total = total.double()
     add_grouped_product(total, dy, x, ends)
     start = 0
@@ -82,7 +87,9 @@ def test_swiglu_and_its_gradients(rows, gated, dtype):
     ours, dgates_ours, again = swiglu_backward(dout.to(dtype), x, gates if gated else None)
     assert near(out, expected, dtype) and near(again, expected, dtype) and near(ours, dx, dtype)
     assert (dgates_ours is None) == (not gated)
-    assert dgates_ours is None or near(dgates_ours, dgates, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    assert dgates_ours is None or near(
+        dgates_ours, dgates, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,4 @@
-"""The model again, as plainly as it can be said: loops over heads, tokens and experts, autograd for the rest."""
-
+"""The model again, as plainly as it can be said: loops over heads, tokens, experts; autograd for the rest."""
 
 import torch
 from torch import Tensor
@@ -73,7 +72,9 @@ class Plain:
             for e in ids:
                 counts[e] += 1
                 gate = scores[t, e] / scores[t, ids].sum() * c.routed_scaling_factor
-                out = out + gate * self.swiglu(w[f"{name}.experts.gate_up"][e], w[f"{name}.experts.down"][e], u[t])
+                out = out + gate * self.swiglu(
+                    w[f"{name}.experts.gate_up"][e], w[f"{name}.experts.down"][e], u[t]
+                )
             rows.append(out)
         return torch.stack(rows), self.sequence_loss(scores), counts
 
@@ -83,7 +84,11 @@ class Plain:
         chosen = scores.topk(c.num_experts_per_token, -1).indices.tolist()
         normal = scores / scores.sum(-1, keepdim=True)
         for e in range(c.num_routed_experts):
-            f = sum(e in row for row in chosen) * c.num_routed_experts / (c.num_experts_per_token * len(scores))
+            f = (
+                sum(e in row for row in chosen)
+                * c.num_routed_experts
+                / (c.num_experts_per_token * len(scores))
+            )
             loss = loss + f * normal[:, e].mean()
         return c.balance.sequence_alpha * loss
 

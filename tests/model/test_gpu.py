@@ -13,8 +13,15 @@ from tests.model.configs import BASE, random_model
 pytestmark = pytest.mark.gpu
 
 CONFIG = replace(
-    BASE, hidden_size=64, q_lora_rank=32, kv_lora_rank=32, moe_intermediate_size=32, num_mtp_modules=2,
-    qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16,
+    BASE,
+    hidden_size=64,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    moe_intermediate_size=32,
+    num_mtp_modules=2,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
 )
 
 

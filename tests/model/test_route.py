@@ -25,7 +25,11 @@ def chosen_plainly(biased: list[float], config: ModelConfig) -> set[int]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([(1, 1), (3, 1), (3, 2), (3, 3), (6, 4)]), st.sampled_from([0.0, 5.0]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([(1, 1), (3, 1), (3, 2), (3, 3), (6, 4)]),
+    st.sampled_from([0.0, 5.0]),
+)
 def test_eq14_eq16_choice_equals_a_plain_search(seed, groups, spread):
     config = replace(BASE, num_groups=groups[0], num_limited_groups=groups[1], num_experts_per_token=2)
     scores = scores_of(7, config, seed)

@@ -8,10 +8,12 @@ import torch
 from counterflow.config.model import Balance
 from counterflow.model.debts import Ledger
 from counterflow.model.transformer import Transformer
-from tests.model.plain import Plain
 from tests.model.configs import BASE, random_model
+from tests.model.plain import Plain
 
-TINY = replace(BASE, num_layers=2, hidden_size=24, num_heads=2, kv_lora_rank=12, q_lora_rank=10, vocab_size=31)
+TINY = replace(
+    BASE, num_layers=2, hidden_size=24, num_heads=2, kv_lora_rank=12, q_lora_rank=10, vocab_size=31
+)
 CONFIGS = {
     "latent": replace(TINY, num_mtp_modules=1, balance=Balance(sequence_alpha=0.03)),
     "no_latent": replace(TINY, q_lora_rank=0, num_shared_experts=0, balance=Balance(sequence_alpha=0.0)),
@@ -135,4 +137,6 @@ def test_auxiliary_losses_reach_the_router(auxiliary):
     assert losses.balance > 0
     gradient = torch.autograd.grad(losses.total, model.layers[1].router.score.weight)[0]
     plain = random_model(replace(config, balance=Balance(sequence_alpha=0.0))).double()
-    assert (gradient - torch.autograd.grad(plain(samples).total, plain.layers[1].router.score.weight)[0]).any()
+    assert (
+        gradient - torch.autograd.grad(plain(samples).total, plain.layers[1].router.score.weight)[0]
+    ).any()

@@ -20,7 +20,9 @@ CONFIGS = {
     "query_latent": BASE,
     "no_query_latent": replace(BASE, q_lora_rank=0),
     "one_group": replace(BASE, num_groups=1, num_limited_groups=1),
-    "many_groups": replace(BASE, num_routed_experts=16, num_groups=8, num_limited_groups=3, num_experts_per_token=5),
+    "many_groups": replace(
+        BASE, num_routed_experts=16, num_groups=8, num_limited_groups=3, num_experts_per_token=5
+    ),
     "yarn": replace(BASE, yarn=Yarn(factor=4.0, original_max_positions=16), max_positions=64),
     "all_moe": replace(BASE, num_dense_layers=0),
     "mostly_dense": replace(BASE, num_dense_layers=2),
@@ -75,7 +77,7 @@ def test_missing_misshapen_and_left_over_tensors_are_named():
         from_mapping(model, {key: value for key, value in good.items() if key != name})
     with pytest.raises(CheckpointError, match=name):
         from_mapping(model, {**good, name: good[name][:-1]})
-    with pytest.raises(CheckpointError, match="model.layers.9.extra"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.extra"):
         from_mapping(model, {**good, "model.layers.9.extra": torch.zeros(1)})
     copy = "model.layers.3.shared_head.head.weight"
     with pytest.raises(CheckpointError, match=copy):
@@ -84,7 +86,7 @@ def test_missing_misshapen_and_left_over_tensors_are_named():
 
 @pytest.mark.parametrize("depths", [1, 2])
 def test_draft_logits_equal_transformers_mtp_module(depths, tmp_path, monkeypatch):
-    """Each of its modules drafts from the last position with the token before it drafted; ours sees those as given."""
+    """Each of its modules drafts at the last position from the token drafted before; ours is given those."""
     from transformers.cache_utils import MtpCache
     from transformers.modeling_layers import MtpModel
 

@@ -9,7 +9,7 @@ from counterflow.plan.count import count_parameters
 
 
 def test_v3_671b_has_the_published_counts():
-    """671.03 B, 36.63 B active without the embedding look-up; the MTP module 11.61 B, with the head 2.54 B active."""
+    """671.03 B, 36.63 B active without the embedding look-up; MTP 11.61 B, with the head 2.54 B active."""
     counts, head = count_parameters(MODELS["v3-671b"]), 129280 * 7168
     assert round(counts.total / 1e9, 2) == 671.03
     assert round(counts.active / 1e9, 2) == 36.63

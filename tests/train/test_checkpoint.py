@@ -87,7 +87,9 @@ def test_a_full_disk_loses_nothing(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"step-00000002 could not be written; .*ulimit.*untouched: step 1"):
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002 could not be written; .*ulimit.*untouched: step 1"
+        ):
             kept.save(2, {"large": torch.randn(5000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -139,5 +141,7 @@ def test_killed_at_any_moment_the_newest_loads(tmp_path):
         for step in kept.steps():
             loaded = {"a": torch.zeros(200_000), "b": torch.tensor(0)}
             kept.load(step, loaded)
-            assert loaded["b"] == step and (loaded["a"] == step).all() and kept.state(step) == {"sample": step}
+            assert (
+                loaded["b"] == step and (loaded["a"] == step).all() and kept.state(step) == {"sample": step}
+            )
     assert kept.steps()

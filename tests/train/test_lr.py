@@ -33,7 +33,12 @@ def test_mtp_weight_and_bias_speed_change_where_the_report_says():
 
 
 @given(
-    st.integers(1, 8), st.integers(1, 12), st.integers(0, 12), st.floats(0.0, 1.0), st.floats(1.0, 1e5), st.integers(2, 64)
+    st.integers(1, 8),
+    st.integers(1, 12),
+    st.integers(0, 12),
+    st.floats(0.0, 1.0),
+    st.floats(1.0, 1e5),
+    st.integers(2, 64),
 )
 def test_batches_rise_in_micro_batches_and_add_up(micro, full, start, ramp, tokens, length):
     train = Train(

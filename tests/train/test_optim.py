@@ -49,7 +49,9 @@ def test_bf16_weights_are_the_rounded_masters_and_small_steps_are_not_lost():
         optimizer.step(1e-5)  # far below bf16's resolution of most weights
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     assert torch.equal(optimizer.weights, optimizer.master.bfloat16())
-    moved = torch.cat([(before - optimizer.master)[i.start : i.start + i.shape.numel()] for i in optimizer.intervals])
+    moved = torch.cat(
+        [(before - optimizer.master)[i.start : i.start + i.shape.numel()] for i in optimizer.intervals]
+    )
     assert torch.allclose(moved, torch.full_like(moved, 4e-5), atol=1e-6)
 
 

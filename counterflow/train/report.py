@@ -1,0 +1,170 @@
+"""One page for a run, to open in a browser: settings, losses, expert load, speed; and one picture.
+
+Self-contained: charts are SVG from matplotlib set into the page, styles are inline, nothing is fetched. A section is
+a function of what the folder holds that gives HTML, and a line in SECTIONS; those without data give nothing.
+"""
+
+import html
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from counterflow.train import chart
+from counterflow.train.metrics import read
+from counterflow.units import bytes_, count, seconds
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --soft: #5d6b7a; --line: #d9dfe6; --accent: #0b7285 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #dfe6ee; --paper: #14191f; --soft: #93a1b0; --line: #2b343e; --accent: #3bc9db } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
+  margin: 2.5rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; color: var(--accent) }
+.numbers { display: flex; flex-wrap: wrap; gap: 1.2rem 2.4rem; margin: 1.2rem 0 }
+.numbers b { display: block; font-size: 1.35rem; font-weight: 600 } .numbers span, .note { color: var(--soft);
+  font-size: .85rem }
+svg { width: 100%; height: auto } pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
+  padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem }
+table { border-collapse: collapse; font-size: .88rem } td { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
+summary { cursor: pointer; color: var(--accent) }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds."""
+
+    folder: Path
+    steps: list[dict[str, Any]]
+    provenance: Mapping[str, str]
+    settings: str
+    sample: str
+
+
+def open_run(folder: Path) -> Run:
+    """Read it; what is missing is empty."""
+
+    def text(name: str) -> str:
+        path = folder / name
+        return path.read_text() if path.is_file() else ""
+
+    return Run(
+        folder,
+        read(folder),
+        json.loads(text("provenance.json") or "{}"),
+        text("run.toml"),
+        text("sample.txt"),
+    )
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and picture.png from what the folder holds now; the page's path."""
+    run = open_run(folder)
+    body = "".join(section(run) for section in SECTIONS.values())
+    title = html.escape(folder.name)
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>{body}</body></html>\n'
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    if run.steps:
+        chart.picture(run.steps, folder / "picture.png")
+    return path
+
+
+def headline(run: Run) -> str:
+    """The run's name and its last numbers."""
+    title = f"<h1>{html.escape(run.folder.name)}</h1>"
+    if not run.steps:
+        return title + '<p class="note">No step has been measured yet.</p>'
+    last, numbers = run.steps[-1], []
+    measured = [step for step in run.steps if step.get("held_out_bpb") is not None]
+    if measured:
+        numbers.append(
+            (f"{measured[-1]['held_out_bpb']:.3f}", f"held-out bits per byte, step {measured[-1]['step']}")
+        )
+    numbers.append((_number(last.get("loss"), 3), "training loss, nats per token"))
+    for depth, loss in enumerate(last.get("mtp_loss", ()), start=1):
+        numbers.append((_number(loss, 3), f"MTP loss, depth {depth}"))
+    if "max_vio" in last:
+        numbers.append((_number(last["max_vio"], 2), "MaxVio, mean over layers"))
+    speed = statistics.median(step["tokens_per_s"] for step in run.steps)
+    numbers += [(f"{speed:,.0f}", "tokens per second, median"), (count(float(last["tokens"])), "tokens")]
+    numbers.append((seconds(last.get("seconds", 0.0)), f"for {last['step']} steps"))
+    if last.get("memory_bytes"):
+        numbers.append((bytes_(last["memory_bytes"]), "peak memory"))
+    cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in numbers)
+    return f'{title}<div class="numbers">{cells}</div>'
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def losses(run: Run) -> str:
+    """Losses over tokens."""
+    return _chart(
+        "Losses", chart.losses, run, "Nats per token; held-out points are measured on text never trained on."
+    )
+
+
+def expert_load(run: Run) -> str:
+    """Load by layer and expert, and MaxVio over the run."""
+    if not any(step.get("load") for step in run.steps):
+        return ""
+    note = (
+        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. Right: MaxVio, how "
+        "far the busiest expert lies above the mean; 0 is perfect balance."
+    )
+    return _chart("Expert load", chart.expert_load, run, note)
+
+
+def course(run: Run) -> str:
+    """Rate, λ, γ, batch."""
+    return _chart("What changed over the run", chart.course, run, "")
+
+
+def speed(run: Run) -> str:
+    """Tokens per second and gradient norm."""
+    return _chart("Speed and gradient", chart.speed, run, "")
+
+
+def _chart(title: str, draw: Callable[[list[dict[str, Any]]], str], run: Run, note: str) -> str:
+    if not run.steps:
+        return ""
+    return f'<h2>{title}</h2>{draw(run.steps)}<p class="note">{note}</p>'
+
+
+def sample(run: Run) -> str:
+    """What the model writes."""
+    return f"<h2>A sample</h2><pre>{html.escape(run.sample)}</pre>" if run.sample else ""
+
+
+def settings(run: Run) -> str:
+    """The whole configuration, and where the numbers came from."""
+    rows = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in run.provenance.items()
+    )
+    table = f"<h2>Where it was run</h2><table>{rows}</table>" if rows else ""
+    text = (
+        f"<details><summary>run.toml</summary><pre>{html.escape(run.settings)}</pre></details>"
+        if run.settings
+        else ""
+    )
+    return f"{table}<h2>Settings</h2>{text}" if text else table
+
+
+SECTIONS: Mapping[str, Callable[[Run], str]] = {
+    "headline": headline,
+    "losses": losses,
+    "expert load": expert_load,
+    "course": course,
+    "speed": speed,
+    "sample": sample,
+    "settings": settings,
+}
