@@ -6,10 +6,28 @@ from typing import Annotated
 
 import tyro
 
+from counterflow.config.paper import find, items
+from counterflow.errors import ConfigError, nearest
+
 
 @dataclass(frozen=True)
 class Where:
-    """Find an item of the paper in the code."""
+    """Find an item of the DeepSeek-V3 report in the code."""
 
-    item: Annotated[str, tyro.conf.Positional]
+    item: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Such as "eq 16", "fig 2" or "§4.2"."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print file, line and first sentence of the item's home, then the tests named after it."""
+    query = " ".join(tyro.cli(Where, prog="counterflow where", args=arguments).item)
+    found = find(query)
+    if not found:
+        raise ConfigError(
+            f"'{query}' has no home in the code; {nearest(query, [home.item for home in items()])}"
+        )
+    for home, tests in found:
+        print(f"{home.file}:{home.line}  {home.item}  {home.sentence}")
+        for test in tests:
+            print(f"    {test}")
+    return 0

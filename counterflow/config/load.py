@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from counterflow.config.model import ModelConfig
 from counterflow.config.models import MODELS
@@ -59,11 +59,12 @@ def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]
     """The model to start from, and the settings that change it."""
     if isinstance(given, str):
         given = {"base": given}
-    if not isinstance(given, Mapping):
+    table = _table(given)
+    if table is None:
         raise ConfigError(
             f"model is {given!r}; give a model's name, a config.json's path or a table of settings."
         )
-    rest = dict(given)
+    rest = dict(table)
     base = rest.pop("base", None)
     if base is None:
         return model, rest
@@ -92,15 +93,19 @@ def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set a nested key; a name given to `model` stays its base when a setting of it follows."""
     for depth, key in enumerate(keys[:-1], start=1):
         inner = tree.get(key, {})
-        if isinstance(inner, str):
-            inner = {"base": inner}
-        if not isinstance(inner, dict):
+        table = {"base": inner} if isinstance(inner, str) else _table(inner)
+        if table is None:
             raise ConfigError(
                 f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting."
             )
-        tree[key] = dict(inner)
+        tree[key] = dict(table)
         tree = tree[key]
     tree[keys[-1]] = value
+
+
+def _table(value: Any) -> Mapping[str, Any] | None:
+    """The value if it is a table; TOML's keys are strings."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else None
 
 
 def _value(text: str) -> Any:
@@ -134,7 +139,7 @@ def _dataclass_of(hint: Any) -> type | None:
 
 def _build(start: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """`start` with the tree's settings in place of its own."""
-    hints = settings(type(start))
+    hints = settings(cast("type[Any]", type(start)))
     changes: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
@@ -149,9 +154,10 @@ def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
     if inner is not None:
         if value in ("none", None) and inner is not hint:
             return None
-        if not isinstance(value, Mapping):
+        table = _table(value)
+        if table is None:
             raise ConfigError(f"{key} is {value!r}; it is a table of settings: {', '.join(settings(inner))}.")
-        return _build(inner() if current is None else current, value, key + ".")
+        return _build(inner() if current is None else current, table, key + ".")
     if typing.get_origin(hint) is tuple:
         return _tables(value, typing.get_args(hint)[0], key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -168,11 +174,11 @@ _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or fals
 
 def _tables(value: Any, kind: type, key: str) -> tuple[Any, ...]:
     """A list of tables; one path, or several, stand for tables that only name a path."""
-    items = value if isinstance(value, list) else [value]
+    items = cast("list[Any]", value) if isinstance(value, list) else [value]
     out: list[Any] = []
     for index, item in enumerate(items):
-        table = {"path": item} if isinstance(item, str) else item
-        if not isinstance(table, Mapping):
+        table = {"path": item} if isinstance(item, str) else _table(item)
+        if table is None:
             raise ConfigError(
                 f"{key}[{index}] is {item!r}; it must be a path or a table with path, weight, field."
             )
@@ -190,12 +196,13 @@ def _lines(value: Any, prefix: str) -> Iterator[str]:
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if dataclasses.is_dataclass(item) or isinstance(item, tuple):
-            nested.append((field.name, item))
+            nested.append((field.name, cast("Any", item)))
         elif item is not None:
             yield f"{field.name} = {_literal(item)}\n"
     for name, item in nested:
-        for table in item if isinstance(item, tuple) else (item,):
-            header = f"[[{prefix}{name}]]" if isinstance(item, tuple) else f"[{prefix}{name}]"
+        several = isinstance(item, tuple)
+        for table in cast("tuple[Any, ...]", item if several else (item,)):
+            header = f"[[{prefix}{name}]]" if several else f"[{prefix}{name}]"
             yield f"\n{header}\n"
             yield from _lines(table, f"{prefix}{name}.")
 

@@ -7,7 +7,7 @@ loader that skips what it does not know gives a model that runs and is wrong.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from counterflow.config.model import ModelConfig, Yarn
 from counterflow.errors import ConfigError
@@ -108,10 +108,10 @@ def from_released(released: Mapping[str, Any]) -> ModelConfig:
     heads = released["num_attention_heads"]
     if released.get("num_key_value_heads", heads) != heads:
         raise ConfigError(
-            f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as many "
-            f"as num_attention_heads, {heads}: the checkpoint is of another model."
+            f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as "
+            f"many as num_attention_heads, {heads}: the checkpoint is of another model."
         )
-    rope = {**(released.get("rope_scaling") or {}), **(released.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {**(released.get("rope_scaling") or {}), **(released.get("rope_parameters") or {})}
     settings = {ours: released[theirs] for ours, theirs in NAMES.items()}
     settings["routed_scaling_factor"] = float(settings["routed_scaling_factor"])
     return ModelConfig(
@@ -151,4 +151,4 @@ def read_released(path: Path) -> ModelConfig:
         ) from None
     if not isinstance(released, dict):
         raise ConfigError(f"{path} holds no JSON object; give the config.json of a released checkpoint.")
-    return from_released(released)
+    return from_released(cast("dict[str, Any]", released))

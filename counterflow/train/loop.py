@@ -185,7 +185,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
     if trainer.sample < trainer.total:
         print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
         return 128 + stops[0]
-    print(f"Trained {trainer.steps} steps in {seconds(values['seconds'])}.")
+    print(f"Trained {trainer.steps} steps in {seconds(already + time.perf_counter() - start)}.")
     return 0
 
 

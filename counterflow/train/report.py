@@ -17,7 +17,8 @@ from counterflow.train.metrics import read
 from counterflow.units import bytes_, count, seconds
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --soft: #5d6b7a; --line: #d9dfe6; --accent: #0b7285 }
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --soft: #5d6b7a; --line: #d9dfe6;
+  --accent: #0b7285 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #dfe6ee; --paper: #14191f; --soft: #93a1b0; --line: #2b343e; --accent: #3bc9db } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem;
@@ -28,7 +29,8 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
   font-size: .85rem }
 svg { width: 100%; height: auto } pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
   padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem }
-table { border-collapse: collapse; font-size: .88rem } td { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
+table { border-collapse: collapse; font-size: .88rem }
+td { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
 summary { cursor: pointer; color: var(--accent) }
 """
 
@@ -117,8 +119,8 @@ def expert_load(run: Run) -> str:
     if not any(step.get("load") for step in run.steps):
         return ""
     note = (
-        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. Right: MaxVio, how "
-        "far the busiest expert lies above the mean; 0 is perfect balance."
+        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. Right: "
+        "MaxVio, how far the busiest expert lies above the mean; 0 is perfect balance."
     )
     return _chart("Expert load", chart.expert_load, run, note)
 

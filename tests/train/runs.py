@@ -5,9 +5,27 @@ from pathlib import Path
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 
-WORDS = (
-    "the pipeline is fed from both ends and what one waits for on the wire the other computes through".split()
-)
+WORDS = [
+    "the",
+    "pipeline",
+    "is",
+    "fed",
+    "from",
+    "both",
+    "ends",
+    "and",
+    "what",
+    "one",
+    "waits",
+    "for",
+    "on",
+    "the",
+    "wire",
+    "the",
+    "other",
+    "computes",
+    "through",
+]
 MODEL = {
     "vocab_size": 300,
     "hidden_size": 32,
