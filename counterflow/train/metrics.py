@@ -1,7 +1,9 @@
 """What a run measures, step by step: a line of JSON each, TensorBoard, and a progress bar.
 
-metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its checkpoint, so
-that the file of an interrupted run equals an uninterrupted one's but for times.
+metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its
+checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. Not taken:
+TensorBoard's event files as the record, which nothing but TensorBoard reads and which cannot be cut at a step;
+and a tracking service, which a run without a network would have to do without.
 """
 
 import json
@@ -16,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from counterflow.units import seconds
+
 METRICS = "metrics.jsonl"
 HEAT_MAP_EVERY = 50
 PLAIN_EVERY_S = 10.0
@@ -25,7 +29,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """The steps a run's folder holds; a last line torn by a kill is left out."""
     path = folder / METRICS
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -34,14 +38,17 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Writes the steps after `step` to a folder's metrics.jsonl and TensorBoard."""
+    """Writes the steps after `step`, the one resumed from, to a folder's metrics.jsonl and TensorBoard.
+
+    What is there of later steps, or torn, is dropped. The old file stays whole until the new one replaces it.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         rows = [row for row in read(folder) if row["step"] <= step]
         beside = folder / (METRICS + ".new")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         beside.rename(folder / METRICS)
-        self._file = (folder / METRICS).open("a")
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -54,8 +61,9 @@ class Metrics:
         for name, value in values.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(name, value, step)
-        for depth, value in enumerate(values.get("mtp_loss", ()), start=1):
-            self._board.add_scalar(f"mtp_loss/{depth}", value, step)
+            elif isinstance(value, (list, tuple)):
+                for index, item in enumerate(value, start=1):
+                    self._board.add_scalar(f"{name}/{index}", item, step)
         self._expert_load(values.get("load", {}), step)
 
     def _expert_load(self, load: Mapping[str, list[int]], step: int) -> None:
@@ -86,11 +94,11 @@ def _finite(value: Any) -> Any:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds and at the end."""
+    """A bar over the run's samples on a terminal; elsewhere a line every ten seconds and at the end."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self._said, self._start, self._first = 0.0, time.monotonic(), done
+    def __init__(self, total_samples: int, done_samples: int) -> None:
+        self.total, self.done = total_samples, done_samples
+        self._said, self._start, self._first = -math.inf, time.monotonic(), done_samples
         self._bar = self._task = None
         if sys.stdout.isatty():
             columns = (
@@ -100,7 +108,7 @@ class Progress:
                 TimeRemainingColumn(),
             )
             self._bar = Bar(*columns, console=Console(file=sys.stdout))
-            self._task = self._bar.add_task("training", total=total, completed=done, line="")
+            self._task = self._bar.add_task("training", total=self.total, completed=self.done, line="")
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -120,18 +128,18 @@ class Progress:
         elif time.monotonic() - self._said > PLAIN_EVERY_S or self.done >= self.total:
             self._said = time.monotonic()
             left = (self._said - self._start) * (self.total - self.done) / max(1, self.done - self._first)
-            print(f"step {values['step']}  {self.done}/{self.total}  {line}  {left:.0f} s left", flush=True)
+            print(f"{self.done}/{self.total}  {line}  {seconds(left)} left", flush=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
-            self._bar.console.print(text)
+            self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, flush=True)
 
 
 def _line(values: Mapping[str, Any]) -> str:
-    parts = [f"loss {values['loss']:.3f}"]
+    parts = [f"step {values['step']}", f"loss {values['loss']:.3f}"]
     if values.get("mtp_loss"):
         parts.append("MTP " + " ".join(f"{loss:.3f}" for loss in values["mtp_loss"]))
     parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")

@@ -1,0 +1,152 @@
+"""What a run leaves in metrics.jsonl and TensorBoard, also after it was cut off; and what it says meanwhile."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from counterflow.train import metrics
+from counterflow.train.metrics import METRICS, Metrics, Progress, read
+
+
+def step_values(step: int, **more: Any) -> dict[str, Any]:
+    """A step as the trainer gives it, of 8 samples of 32 tokens."""
+    return {
+        "step": step,
+        "samples": 8 * step,
+        "tokens": 256 * step,
+        "loss": 5.0 / step,
+        "mtp_loss": [6.0 / step, 7.0 / step],
+        "tokens_per_s": 1000.0,
+        "max_vio": 0.5,
+        "load": {"layers.1": [3, 1, 2, 2], "layers.2": [2, 2, 2, 2]},
+        **more,
+    }
+
+
+def write(folder: Path, first: int, last: int, **more: Any) -> None:
+    """Open after the step before `first` and write up to `last`."""
+    written = Metrics(folder, first - 1)
+    for step in range(first, last + 1):
+        written.write(step_values(step, **more))
+    written.close()
+
+
+def board(folder: Path) -> Any:
+    """What TensorBoard would show."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_a_step_is_read_back_as_written(tmp_path: Path) -> None:
+    write(tmp_path, 1, 3)
+    assert read(tmp_path) == [step_values(step) for step in (1, 2, 3)]
+
+
+def test_a_folder_without_metrics_reads_as_empty(tmp_path: Path) -> None:
+    assert read(tmp_path) == []
+
+
+def test_a_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
+    written = Metrics(tmp_path, 0)
+    written.write(step_values(1))
+    assert len(read(tmp_path)) == 1
+    written.close()
+
+
+def test_resuming_drops_later_steps(tmp_path: Path) -> None:
+    write(tmp_path, 1, 7)
+    write(tmp_path, 5, 6, resumed=True)
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "resumed" in row] == [5, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [METRICS, "tensorboard"]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "lo', "{", "\0\0\0", '{"step": 4}'])
+def test_resuming_drops_a_torn_line(tmp_path: Path, torn: str) -> None:
+    write(tmp_path, 1, 3)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(torn)
+    write(tmp_path, 4, 4)
+    assert read(tmp_path) == [step_values(step) for step in (1, 2, 3, 4)]
+
+
+def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
+    write(tmp_path, 1, 3)
+    Metrics(tmp_path, 0).close()
+    assert read(tmp_path) == []
+
+
+def test_not_finite_is_null(tmp_path: Path) -> None:
+    write(tmp_path, 1, 1, loss=math.nan, grad_norm=math.inf, mtp_loss=[1.0, -math.inf])
+    text = (tmp_path / METRICS).read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    row = json.loads(text)
+    assert (row["loss"], row["grad_norm"], row["mtp_loss"]) == (None, None, [1.0, None])
+
+
+def test_tensorboard_has_scalars_lists_layers_and_the_heat_map(tmp_path: Path) -> None:
+    write(tmp_path, 48, 51)
+    shown = board(tmp_path)
+    tags = set(shown.Tags()["scalars"])
+    wanted = {"loss", "mtp_loss/1", "mtp_loss/2", "max_vio_by_layer/layers.1", "max_vio_by_layer/layers.2"}
+    assert wanted <= tags and "step" not in tags
+    assert [event.value for event in shown.Scalars("max_vio_by_layer/layers.1")] == [0.5] * 4
+    (image,) = shown.Tags()["images"]
+    assert [event.step for event in shown.Images(image)] == [50]
+
+
+def test_tensorboard_is_purged_on_resume(tmp_path: Path) -> None:
+    write(tmp_path, 1, 7)
+    write(tmp_path, 5, 6, loss=1.0)
+    events = board(tmp_path).Scalars("loss")
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events][-2:] == [1.0, 1.0]
+
+
+def test_a_layer_without_tokens_and_a_run_without_experts(tmp_path: Path) -> None:
+    write(tmp_path, 50, 50, load={"layers.1": [0, 0]})
+    write(tmp_path, 51, 51, load={})
+    assert [row["load"] for row in read(tmp_path)] == [{"layers.1": [0, 0]}, {}]
+
+
+def test_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with Progress(80, 0) as progress:
+        for step in range(1, 11):
+            now[0] += 4.0
+            progress.update(step_values(step))
+        progress.note("held-out [1.5] bits")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines[:-1]] == ["step 1", "step 4", "step 7", "step 10"]
+    assert "8/80" in lines[0] and "loss 5.000" in lines[0] and "MTP 6.000 7.000" in lines[0]
+    assert "1,000 tokens/s" in lines[0] and "MaxVio 0.50" in lines[0] and "36.0 s left" in lines[0]
+    assert lines[-1] == "held-out [1.5] bits"
+
+
+def test_time_left_counts_from_where_the_run_went_on(capsys, monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    progress = Progress(80, 64)
+    now[0] = 5.0
+    progress.update(step_values(9))
+    assert "5.0 s left" in capsys.readouterr().out
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(metrics.sys.stdout, "isatty", lambda: True)
+    with Progress(16, 0) as progress:
+        progress.update(step_values(1))
+        progress.note("held-out [1.5] bits")
+        progress.update(step_values(2))
+    out = capsys.readouterr().out
+    assert "16/16" in out and "step 2" in out and "loss 2.500" in out and "held-out [1.5] bits" in out
