@@ -112,12 +112,13 @@ def _theirs(setting: Setting) -> tuple[int, Callable]:
 
     from counterflow.config.released import to_released
 
-    settings = to_released(replace(setting.model, num_mtp_modules=0))
-    config = DeepseekV3Config(**settings | {"use_cache": False})
+    settings: dict[str, Any] = to_released(replace(setting.model, num_mtp_modules=0))
+    settings["use_cache"] = False
+    config = DeepseekV3Config(**settings)
     model = DeepseekV3ForCausalLM._from_config(
         config, attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
-    model.to(torch.bfloat16 if setting.precision == "bf16" else torch.float32).train()
+    model.to(dtype=torch.bfloat16 if setting.precision == "bf16" else torch.float32).train()  # pyright: ignore[reportCallIssue]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 

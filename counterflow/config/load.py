@@ -139,7 +139,7 @@ def _dataclass_of(hint: Any) -> type | None:
 
 def _build(start: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     """`start` with the tree's settings in place of its own."""
-    hints = settings(cast("type[Any]", type(start)))
+    hints = settings(start.__class__)
     changes: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:

@@ -61,6 +61,7 @@ class _Explicit(torch.autograd.Function):
             dscores = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             torch.bmm(dscores, k[:, :end], out=dq[:, start:end])
             dk[:, :end].baddbmm_(dscores.transpose(1, 2), q[:, start:end])
-        dq.mul_(ctx.scale), dk.mul_(ctx.scale)
+        dq.mul_(ctx.scale)
+        dk.mul_(ctx.scale)
         shape = (-1, ctx.heads, *q.shape[1:])
         return dq.view(shape), dk.view(shape), dv.view(-1, ctx.heads, *v.shape[1:]), None

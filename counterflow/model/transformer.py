@@ -122,6 +122,7 @@ class Transformer(nn.Module):
         self, module: nn.Module, h: Float[Tensor, "T D"], ahead: Int[Tensor, "B S"], context: Context
     ) -> tuple[Float[Tensor, "T D"], Flow]:
         """One MTP depth further: hidden states after the module's final norm, and its layer's flow."""
+        assert isinstance(module, MtpModule), "only an MTP module goes one depth further"
         context = replace(context, rope=context.rope[: ahead.shape[1]])
         flow = self._run(module, h, self.embed(ahead, context.ledger), context)
         return module.norm(flow.h), flow
