@@ -1,10 +1,10 @@
 """Checkpoints that are either whole or not there, whenever the process dies.
 
 A checkpoint is a folder that torch's distributed checkpoint writes under another name, beside a manifest with the
-size and CRC of every file and the run's place; it is flushed to disk and then renamed to `step-…`, which is one
-atomic act. So every folder called `step-…` was whole when it got its name, and the manifest tells whether it still
-is. Older ones are removed only after that. Not taken: overwriting in place, or one `latest` file that points
-somewhere: both have a moment in which nothing loads.
+size and CRC of every file, the run's place, and a CRC of its own; it is flushed to disk and then renamed to
+`step-…`, which is one atomic act. So every folder called `step-…` was whole when it got its name, and the manifest
+tells whether it still is. Older ones go only after that, and lose their name before their files. Not taken:
+overwriting in place, or one `latest` file that points somewhere: both have a moment in which nothing loads.
 """
 
 import errno
@@ -14,19 +14,21 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from counterflow.errors import CheckpointError
 
-WRITING = ".writing"
+WRITING, REMOVING = ".writing", ".removing"
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
+ANOTHER_MODEL = "it is of another model or other settings: resume with the configuration in its run.toml."
 CAUSES = {
     errno.ENOSPC: "no space is left there: free some, or lower keep.checkpoints",
     errno.EDQUOT: "the disk quota is used up: free some space, or lower keep.checkpoints",
@@ -52,7 +54,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have one, in order."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit() and path.is_dir())
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write tensors and a JSON-able state; the older checkpoints are untouched until this one is whole.
@@ -67,20 +69,24 @@ class Checkpoints:
             with _quiet():
                 dcp.save(dict(tensors), checkpoint_id=str(writing), no_dist=True)
             _write_manifest(writing, state)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                _remove(final)
             writing.rename(final)
             _flush(self.folder)
         except (OSError, CheckpointException, RuntimeError) as error:
             shutil.rmtree(writing, ignore_errors=True)
             raise CheckpointError(_why_not_written(final, error, self.steps())) from error
-        self._tidy()
+        self._tidy(step)
         return final
 
-    def _tidy(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(step), ignore_errors=True)
-        for stale in self.folder.glob("*" + WRITING):
-            shutil.rmtree(stale, ignore_errors=True)
+    def _tidy(self, saved: int) -> None:
+        """Keep the newest up to the one just saved; later ones were passed over at resuming and count for nothing."""
+        for step in [step for step in self.steps() if step <= saved][: -self.keep]:
+            with suppress(OSError):
+                _remove(self.path(step))
+        for suffix in (WRITING, REMOVING):
+            for stale in self.folder.glob("*" + suffix):
+                shutil.rmtree(stale, ignore_errors=True)
 
     def state(self, step: int) -> dict[str, Any]:
         """The state saved with a checkpoint.   Fails: CheckpointError if its manifest cannot be read."""
@@ -89,9 +95,17 @@ class Checkpoints:
     def _manifest(self, step: int) -> dict[str, Any]:
         path = self.path(step) / MANIFEST
         try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read ({error}); {self._instead(step)}") from None
+            manifest = json.loads(path.read_text())
+            whole = manifest["crc32"] == _manifest_crc(manifest["files"], manifest["state"])
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}); {self._instead(step)}"
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            whole, manifest = False, {}
+        if not whole:
+            raise CheckpointError(f"{path} is corrupt: it is not as it was written; {self._instead(step)}")
+        return manifest
 
     def verify(self, step: int) -> None:
         """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs.
@@ -104,7 +118,13 @@ class Checkpoints:
             if size != expected["bytes"]:
                 found = "missing" if size < 0 else f"truncated: it has {size} bytes"
                 raise CheckpointError(f"{path} is {found}, not {expected['bytes']}; {self._instead(step)}")
-            if _crc(path) != expected["crc32"]:
+            try:
+                crc = _crc(path)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be read ({error.strerror}); {self._instead(step)}"
+                ) from None
+            if crc != expected["crc32"]:
                 raise CheckpointError(
                     f"{path} is corrupt: its CRC is not the manifest's; {self._instead(step)}"
                 )
@@ -118,25 +138,28 @@ class Checkpoints:
     def load(self, step: int, tensors: Mapping[str, Tensor], some: bool = False) -> None:
         """Fill the tensors in place; with `some`, the checkpoint may hold more than are asked for.
 
-        Fails: CheckpointError if a file is not as it was written, or a tensor's name or shape is another.
+        Fails: CheckpointError if a file is not as it was written, or a tensor's name, shape or type is another.
         """
         self.verify(step)
         path = self.path(step)
         saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
         for name in sorted(set(tensors) ^ set(saved)):
             if name in tensors:
-                raise CheckpointError(
-                    f"{path} has no tensor '{name}'; it is of another model or other settings."
-                )
+                raise CheckpointError(f"{path} has no tensor '{name}'; {ANOTHER_MODEL}")
             if not some:
-                raise CheckpointError(f"{path} holds '{name}', which this run lacks; it is of another model.")
+                raise CheckpointError(f"{path} holds '{name}', which this run lacks; {ANOTHER_MODEL}")
         for name, tensor in tensors.items():
-            size = getattr(saved[name], "size", None)
+            kept = saved[name]
+            assert isinstance(kept, TensorStorageMetadata), f"'{name}' was saved as a tensor"
+            size, dtype = kept.size, kept.properties.dtype
             if size != tensor.shape:
-                found, wanted = list(size or ()), list(tensor.shape)
+                found, wanted = list(size), list(tensor.shape)
                 raise CheckpointError(
-                    f"{path} holds '{name}' as {found}, this model has it as {wanted}; it is of another model: resume "
-                    "with the configuration in its run.toml."
+                    f"{path} holds '{name}' as {found}, this model has it as {wanted}; {ANOTHER_MODEL}"
+                )
+            if dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{path} holds '{name}' in {dtype}, this model has it in {tensor.dtype}; {ANOTHER_MODEL}"
                 )
         with _quiet():
             dcp.load(dict(tensors), checkpoint_id=str(path), no_dist=True)
@@ -149,9 +172,23 @@ def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
         _flush(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": files, "state": dict(state)}, indent=1))
+    crc = _manifest_crc(files, state)
+    manifest.write_text(json.dumps({"crc32": crc, "files": files, "state": dict(state)}, indent=1))
     _flush(manifest)
     _flush(folder)
+
+
+def _manifest_crc(files: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    """Of what it says, not of its text; the same before writing and after reading."""
+    return zlib.crc32(json.dumps([files, dict(state)]).encode())
+
+
+def _remove(path: Path) -> None:
+    """Take the name away in one act, then the files, so that a kill in between leaves no half `step-…`."""
+    nameless = path.with_name(path.name + REMOVING)
+    shutil.rmtree(nameless, ignore_errors=True)
+    path.rename(nameless)
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

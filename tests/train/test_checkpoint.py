@@ -61,11 +61,35 @@ def test_damaged_files_are_named_with_the_step_to_go_on_from(tmp_path, damage):
             path.unlink()
         else:
             path.write_bytes(data[: len(data) // 2] if damage == "truncate" else data)
-        if damage == "flip" and name == MANIFEST:
-            continue  # a flipped bit of the manifest may fall on a blank
         with pytest.raises(CheckpointError, match=f"(?s){name}.*step 1"):
             kept.load(2, tensors())
     kept.load(1, tensors())
+
+
+def test_every_flipped_bit_of_the_manifest_is_seen_or_changes_nothing(tmp_path):
+    """It holds the run's place: a flip that still reads as JSON would go on from another sample."""
+    kept, state = Checkpoints(tmp_path, keep=1), {"sample": 123456, "seconds": 1.5}
+    path = kept.save(1, tensors(), state) / MANIFEST
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1
+        path.write_bytes(data)
+        try:
+            assert kept.state(1) == state
+        except CheckpointError as error:
+            assert MANIFEST in str(error)
+
+
+def test_those_passed_over_at_resuming_do_not_push_out_the_one_just_saved(tmp_path):
+    kept = Checkpoints(tmp_path, keep=3)
+    for step in (100, 200, 300):
+        kept.save(step, tensors(), {})
+    narrower = Checkpoints(tmp_path, keep=2)
+    narrower.save(150, tensors(), {})
+    assert narrower.steps() == [100, 150, 200, 300]
+    narrower.save(300, tensors(), {})
+    assert narrower.steps() == [200, 300]
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
@@ -73,6 +97,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_tensor(tmp_path):
     kept.save(1, tensors(), {})
     with pytest.raises(CheckpointError, match=r"'half' as \[11\], this model has it as \[12\]"):
         kept.load(1, tensors() | {"half": torch.zeros(12, dtype=torch.bfloat16)})
+    with pytest.raises(
+        CheckpointError, match=r"'half' in torch.bfloat16, this model has it in torch.float32"
+    ):
+        kept.load(1, tensors() | {"half": torch.zeros(11)})
     with pytest.raises(CheckpointError, match="no tensor 'more'"):
         kept.load(1, tensors() | {"more": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="holds 'half'"):
@@ -110,6 +138,68 @@ def test_the_systems_error_is_found_behind_others():
         raise RuntimeError("writer failed") from inner
     except RuntimeError as error:
         assert _os_error(error) is inner
+
+
+DIER = """
+import os, shutil, signal, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+from counterflow.train.checkpoint import Checkpoints
+
+ACTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+first, left = Path(sys.argv[1]) / "first", Path(sys.argv[1]) / "left"
+tensors = lambda step: {"a": torch.full((500,), float(step)), "b": torch.tensor(step)}
+
+def child(work):
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    torch.set_num_threads(1)
+    work()
+    os._exit(0)
+
+def save(step, die_at=None):
+    acts = 0
+    def count(event, values):
+        nonlocal acts
+        if event in ACTS and str(values[0]).startswith(str(left)):
+            acts += 1
+            if acts == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if die_at:
+        sys.addaudithook(count)
+    Checkpoints(left if die_at else first, keep=2).save(step, tensors(step), {"sample": step})
+
+def check():
+    kept = Checkpoints(left, keep=2)
+    assert kept.steps()[-1] in (2, 3), kept.steps()
+    for step in kept.steps():
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
+        kept.load(step, loaded)
+        assert loaded["b"] == step and (loaded["a"] == step).all() and kept.state(step) == {"sample": step}
+    kept.save(4, tensors(4), {})
+    assert {path.name for path in left.iterdir()} == {kept.path(step).name for step in kept.steps()}
+
+assert child(lambda: [save(step) for step in (1, 2)]) == 0
+for die_at in range(1, 1000):
+    shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(first, left)
+    died = child(lambda: save(3, die_at))
+    assert child(check) == 0, die_at
+    if died == 0:
+        print(die_at - 1)
+        break
+    assert died == -signal.SIGKILL, died
+"""
+
+
+@pytest.mark.slow
+def test_killed_before_any_file_operation_every_checkpoint_loads(tmp_path):
+    """Not at random: the process dies once before each of a save's operations, the removal of old ones included."""
+    done = subprocess.run([sys.executable, "-c", DIER, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout) > 10
 
 
 SAVER = """
