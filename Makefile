@@ -31,7 +31,7 @@ clean:
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "'$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1); Counterflow needs Python 3.11 or newer." \
+	  echo "'$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there); Counterflow needs Python 3.11 or newer." \
 	       "Install one and name it: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "'$(PYTHON)' lacks the venv module; an environment is made with it." \
