@@ -4,6 +4,7 @@ The table below is all that `counterflow --help` reads, so help answers before t
 module is imported when it is called. Users' errors end here as one line on stderr and an exit code.
 """
 
+import errno
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -16,6 +17,10 @@ VERBS: Mapping[str, str] = {
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
 }
+
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""What a disk answers that has no room or no permission: a user's error wherever it arises."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,12 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.errno not in STORAGE:
             raise
+        where = f"{error.filename}: " if error.filename else ""
         print(
-            f"counterflow: {error.filename}: {error.strerror}; free space or permissions may help.",
+            f"counterflow: {where}{error.strerror}; free space there, mend its permissions, or ",
+            end="",
             file=sys.stderr,
         )
+        print("choose another folder (keep.folder, data.cache_dir).", file=sys.stderr)
         return 2
 
 

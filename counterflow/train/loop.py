@@ -45,25 +45,24 @@ def train(run: RunConfig) -> int:
     run = resolve(run)
     folder = Path(run.folder)
     with locked(folder):
-        start_folder(run, folder)
+        if run.keep.resume == "never":
+            move_aside(folder)
         checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints)
         step = newest_sound(checkpoints)
+        if step:
+            require_same_settings(run, folder)
         if run.keep.resume == "must" and not step:
             raise CheckpointError(
                 f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
             )
-        if step and checkpoints.state(step)["sample"] >= lr.total_samples(
-            run.train, run.data.sequence_length
-        ):
+        planned = lr.total_samples(run.train, run.data.sequence_length)
+        if step and checkpoints.state(step)["sample"] >= planned:
             print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
             return 0
         samples = Samples(run.data, run.model.vocab_size, run.train.seed)
         trainer = Trainer(run, samples, torch.device(run.train.device))
         already = resume(trainer, checkpoints, step, samples)
-        (folder / f"provenance{f'-{step}' if step else ''}.json").write_text(
-            json.dumps(provenance(), indent=1)
-        )
-        samples.tokenizer.save(folder / TOKENIZER)
+        write_run(run, folder, step, samples)
         introduce(trainer, folder, step)
         return loop(trainer, folder, checkpoints, already)
 
@@ -88,24 +87,33 @@ def resolve(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, train=dataclasses.replace(train, device=device, precision=precision))
 
 
-def start_folder(run: RunConfig, folder: Path) -> None:
-    """Make the folder a run's, or check that it is this run's."""
-    known = folder / RUN_TOML
-    if known.is_file() and run.keep.resume == "never":
+def move_aside(folder: Path) -> None:
+    """Give an earlier run another name, so that a new one can have its folder."""
+    if (folder / RUN_TOML).is_file():
         aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"The earlier run is now {aside}.")
         folder.mkdir(parents=True)
-    if known.is_file():
-        changed = list(differences(run_config(folder), run))
-        if changed:
-            raise ConfigError(
-                f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "
-                "name=... or keep.folder=..., take the old settings, or start anew with keep.resume=never."
-            )
-    beside = known.with_suffix(".new")
+
+
+def require_same_settings(run: RunConfig, folder: Path) -> None:
+    """Refuse to go on with a checkpoint under settings that would have made another one."""
+    changed = list(differences(run_config(folder), run))
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "
+            "name=... or keep.folder=..., take the old settings, or start anew with keep.resume=never."
+        )
+
+
+def write_run(run: RunConfig, folder: Path, step: int, samples: Samples) -> None:
+    """The whole configuration, where it runs, and the tokenizer: before the first step."""
+    beside = folder / (RUN_TOML + ".new")
     beside.write_text(to_toml(run))
-    beside.rename(known)
+    beside.rename(folder / RUN_TOML)
+    name = f"provenance-{step}.json" if step else "provenance.json"
+    (folder / name).write_text(json.dumps(provenance(), indent=1))
+    samples.tokenizer.save(folder / TOKENIZER)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:

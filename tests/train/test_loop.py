@@ -210,3 +210,9 @@ def test_no_run_and_no_checkpoint_are_said(tmp_path, capsys):
     assert "did you mean 'tiny'?" in capsys.readouterr().err
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_first_try_that_failed_does_not_stand_in_the_way(tmp_path, capsys):
+    assert counterflow(tmp_path, "data.sources=nowhere") == 2
+    assert "source 'nowhere' is not there" in capsys.readouterr().err
+    assert counterflow(tmp_path, "train.tokens=128") == 0
