@@ -2,7 +2,7 @@
 
 metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its
 checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. Not taken:
-TensorBoard's event files as the record, which nothing but TensorBoard reads and which cannot be cut at a step;
+TensorBoard's event files as the record, which nothing else reads and which cannot be cut at a step;
 and a tracking service, which a run without a network would have to do without.
 """
 

@@ -1,13 +1,15 @@
 """One page for a run, to open in a browser: settings, losses, expert load, speed; and one picture.
 
-Self-contained: charts are SVG from matplotlib set into the page, styles are inline, nothing is fetched. A section is
-a function of what the folder holds that gives HTML, and a line in SECTIONS; those without data give nothing.
+Self-contained: charts are SVG from matplotlib set into the page, styles are inline, nothing is fetched, so
+that the file can be mailed or kept. A section is a function of what the folder holds that gives HTML, and a
+line in SECTIONS; those without data give nothing. Not taken: a template language, for a page of seven functions.
 """
 
 import html
 import json
+import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 .numbers { display: flex; flex-wrap: wrap; gap: 1.2rem 2.4rem; margin: 1.2rem 0 }
 .numbers b { display: block; font-size: 1.35rem; font-weight: 600 } .numbers span, .note { color: var(--soft);
   font-size: .85rem }
-svg { width: 100%; height: auto } pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
+svg { width: 100%; height: auto; color: var(--soft) } svg text { font-family: inherit !important }
+pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
   padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem }
 table { border-collapse: collapse; font-size: .88rem }
 td { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
@@ -41,7 +44,8 @@ class Run:
 
     folder: Path
     steps: list[dict[str, Any]]
-    provenance: Mapping[str, str]
+    provenance: Mapping[int, Mapping[str, str]]
+    """By the step it was started or resumed from; 0 is the start."""
     settings: str
     sample: str
 
@@ -51,28 +55,35 @@ def open_run(folder: Path) -> Run:
 
     def text(name: str) -> str:
         path = folder / name
-        return path.read_text() if path.is_file() else ""
+        return path.read_text("utf-8") if path.is_file() else ""
 
     return Run(
         folder,
         read(folder),
-        json.loads(text("provenance.json") or "{}"),
+        dict(sorted(_origins(folder))),
         text("run.toml"),
         text("sample.txt"),
     )
+
+
+def _origins(folder: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
+    for path in folder.glob("provenance*.json"):
+        if name := re.fullmatch(r"provenance(?:-(\d+))?", path.stem):
+            yield int(name[1] or 0), json.loads(path.read_text("utf-8"))
 
 
 def write_report(folder: Path) -> Path:
     """Write report.html and picture.png from what the folder holds now; the page's path."""
     run = open_run(folder)
     body = "".join(section(run) for section in SECTIONS.values())
-    title = html.escape(folder.name)
+    title = html.escape(folder.resolve().name)
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>{body}</body></html>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body>{body}</body></html>\n"
     )
     path = folder / "report.html"
-    path.write_text(page)
+    path.write_text(page, "utf-8")
     if run.steps:
         chart.picture(run.steps, folder / "picture.png")
     return path
@@ -80,7 +91,7 @@ def write_report(folder: Path) -> Path:
 
 def headline(run: Run) -> str:
     """The run's name and its last numbers."""
-    title = f"<h1>{html.escape(run.folder.name)}</h1>"
+    title = f"<h1>{html.escape(run.folder.resolve().name)}</h1>"
     if not run.steps:
         return title + '<p class="note">No step has been measured yet.</p>'
     last, numbers = run.steps[-1], []
@@ -90,12 +101,14 @@ def headline(run: Run) -> str:
             (f"{measured[-1]['held_out_bpb']:.3f}", f"held-out bits per byte, step {measured[-1]['step']}")
         )
     numbers.append((_number(last.get("loss"), 3), "training loss, nats per token"))
-    for depth, loss in enumerate(last.get("mtp_loss", ()), start=1):
+    for depth, loss in enumerate(last.get("mtp_loss") or (), start=1):
         numbers.append((_number(loss, 3), f"MTP loss, depth {depth}"))
     if "max_vio" in last:
         numbers.append((_number(last["max_vio"], 2), "MaxVio, mean over layers"))
-    speed = statistics.median(step["tokens_per_s"] for step in run.steps)
-    numbers += [(f"{speed:,.0f}", "tokens per second, median"), (count(float(last["tokens"])), "tokens")]
+    speeds = [step["tokens_per_s"] for step in run.steps if step.get("tokens_per_s") is not None]
+    if speeds:
+        numbers.append((f"{statistics.median(speeds):,.0f}", "tokens per second, median"))
+    numbers.append((count(float(last["tokens"])), "tokens"))
     numbers.append((seconds(last.get("seconds", 0.0)), f"for {last['step']} steps"))
     if last.get("memory_bytes"):
         numbers.append((bytes_(last["memory_bytes"]), "peak memory"))
@@ -119,8 +132,8 @@ def expert_load(run: Run) -> str:
     if not any(step.get("load") for step in run.steps):
         return ""
     note = (
-        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. Right: "
-        "MaxVio, how far the busiest expert lies above the mean; 0 is perfect balance."
+        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. "
+        "Right: MaxVio, how far the busiest expert lies above the mean; 0 is perfect balance."
     )
     return _chart("Expert load", chart.expert_load, run, note)
 
@@ -148,17 +161,22 @@ def sample(run: Run) -> str:
 
 def settings(run: Run) -> str:
     """The whole configuration, and where the numbers came from."""
-    rows = "".join(
-        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
-        for key, value in run.provenance.items()
-    )
-    table = f"<h2>Where it was run</h2><table>{rows}</table>" if rows else ""
+    table = "".join(_origin(step, facts) for step, facts in run.provenance.items())
+    table = f"<h2>Where it was run</h2>{table}" if table else ""
     text = (
         f"<details><summary>run.toml</summary><pre>{html.escape(run.settings)}</pre></details>"
         if run.settings
         else ""
     )
     return f"{table}<h2>Settings</h2>{text}" if text else table
+
+
+def _origin(step: int, facts: Mapping[str, str]) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(str(key))}</td><td>{html.escape(str(value))}</td></tr>"
+        for key, value in facts.items()
+    )
+    return (f'<p class="note">From step {step} on</p>' if step else "") + f"<table>{rows}</table>"
 
 
 SECTIONS: Mapping[str, Callable[[Run], str]] = {

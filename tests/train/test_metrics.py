@@ -123,12 +123,12 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
         for step in range(1, 11):
             now[0] += 4.0
             progress.update(step_values(step))
-        progress.note("held-out [1.5] bits")
+        progress.note("held-out [bits] 1.5")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[1] for line in lines[:-1]] == ["step 1", "step 4", "step 7", "step 10"]
     assert "8/80" in lines[0] and "loss 5.000" in lines[0] and "MTP 6.000 7.000" in lines[0]
     assert "1,000 tokens/s" in lines[0] and "MaxVio 0.50" in lines[0] and "36.0 s left" in lines[0]
-    assert lines[-1] == "held-out [1.5] bits"
+    assert lines[-1] == "held-out [bits] 1.5"
 
 
 def test_time_left_counts_from_where_the_run_went_on(capsys, monkeypatch) -> None:
@@ -146,7 +146,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:
     monkeypatch.setattr(metrics.sys.stdout, "isatty", lambda: True)
     with Progress(16, 0) as progress:
         progress.update(step_values(1))
-        progress.note("held-out [1.5] bits")
+        progress.note("held-out [bits] 1.5")
         progress.update(step_values(2))
     out = capsys.readouterr().out
-    assert "16/16" in out and "step 2" in out and "loss 2.500" in out and "held-out [1.5] bits" in out
+    assert "16/16" in out and "step 2" in out and "loss 2.500" in out and "held-out [bits] 1.5" in out
