@@ -17,7 +17,6 @@ import torch
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
-from counterflow.kernels.memory import keep_freed_memory
 from counterflow.train.loop import evaluate, resolve
 from counterflow.train.trainer import Trainer
 
@@ -49,7 +48,7 @@ def study(
     `jobs` runs go at a time, each in a process of its own.
     """
     tasks = [
-        (name, seed, resolve(load_run(base, [*overrides, *changes, f"train.seed={seed}"])))
+        (name, seed, load_run(base, [*overrides, *changes, f"train.seed={seed}"]))
         for seed in seeds
         for name, changes in variants.items()
     ]
@@ -67,7 +66,7 @@ def study(
 
 def measure(run: RunConfig) -> dict[str, Any]:
     """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
-    keep_freed_memory()
+    run = resolve(run)
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
     trainer, start, course = Trainer(run, samples, torch.device(run.train.device)), time.perf_counter(), []
     while trainer.sample < trainer.total:

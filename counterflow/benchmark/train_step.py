@@ -4,8 +4,8 @@ Each contender lives in a process of its own, since allocator settings and threa
 parent asks them for a few steps in turn, so that a noisy minute hits all alike. A step is forward, backward,
 clipping and AdamW on random tokens, MTP off on both sides. In bf16 transformers updates bf16 weights
 directly, which is less work than our fp32 masters and moments; nothing is taken off for that. The floor is
-the time of the step's own matrix products (forward, both gradients), each alone, at its shape and dtype, into
-memory already there.
+the time of the step's own matrix products (forward, both gradients) and of nothing else, at their shapes and
+dtype, into memory already there.
 """
 
 import statistics
@@ -178,22 +178,26 @@ def products(setting: Setting) -> Iterator[tuple[int, tuple[int, int, int, int]]
 
 
 def floor(setting: Setting, repeats: int = 7) -> tuple[float, float]:
-    """Seconds and floating-point operations of a step's matrix products, each shape timed alone (median)."""
+    """Seconds (median) and floating-point operations of all of a step's matrix products, one after another.
+
+    Every product has operands and a result of its own, as in a step: repeating one on the same memory measures the
+    cache instead.
+    """
     import torch
 
     torch.set_num_threads(setting.threads)
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    seconds, operations, timed = 0.0, 0.0, {}
+    work, operations = [], 0.0
     for count, (batch, m, k, n) in products(setting):
-        if (batch, m, k, n) not in timed:
-            a, b = torch.randn(batch, m, k).to(dtype), torch.randn(batch, k, n).to(dtype)
-            out = torch.empty(batch, m, n, dtype=dtype)
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                torch.bmm(a, b, out=out) if batch > 1 else torch.mm(a[0], b[0], out=out[0])
-                times.append(time.perf_counter() - start)
-            timed[batch, m, k, n] = statistics.median(times)
-        seconds += count * timed[batch, m, k, n]
         operations += count * 2.0 * batch * m * k * n
-    return seconds, operations
+        for _ in range(count):
+            shapes = ((batch, m, k), (batch, k, n), (batch, m, n))
+            a, b, out = (torch.empty(shape, dtype=dtype).normal_() for shape in shapes)
+            work.append((a, b, out) if batch > 1 else (a[0], b[0], out[0]))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for a, b, out in work:
+            torch.matmul(a, b, out=out)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), operations
