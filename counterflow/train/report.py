@@ -2,7 +2,8 @@
 
 Self-contained: charts are SVG from matplotlib set into the page, styles are inline, nothing is fetched, so
 that the file can be mailed or kept. A section is a function of what the folder holds that gives HTML, and a
-line in SECTIONS; those without data give nothing. Not taken: a template language, for a page of seven functions.
+line in SECTIONS; those without data give nothing. Not taken: a template
+language, for a page of seven functions.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""What a run leaves in metrics.jsonl and TensorBoard, also after it was cut off; and what it says meanwhile."""
+"""What a run leaves in metrics.jsonl and TensorBoard, also after a kill; and what it says meanwhile."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The report page and its picture, from runs made up: of many steps and of one, whole and with parts missing."""
+"""The report page and its picture, from runs made up: of many steps and of one, whole and not."""
 
 import json
 import re
