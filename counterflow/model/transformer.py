@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from counterflow.comm import DISPATCHERS
 from counterflow.config.model import ModelConfig
+from counterflow.errors import ConfigError
 from counterflow.kernels.head import cross_entropy
 from counterflow.model.debts import Ledger, main_grad
 from counterflow.model.layer import Context, Flow, Layer
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.mtp = nn.ModuleList(MtpModule(config, depth) for depth in range(1, config.num_mtp_modules + 1))
+        self.register_buffer("rope", rope_table(config, config.max_positions), persistent=False)
         self.recompute = False
 
     def context(self, sequences: int, length: int, **settings: Any) -> Context:
@@ -74,7 +76,12 @@ class Transformer(nn.Module):
 
     def rope_for(self, length: int) -> Complex[Tensor, "S R2"]:
         """The rotary table of the first `length` positions, on the model's device."""
-        return rope_table(self.config, length).to(self.head.device)
+        if length > len(self.rope):
+            raise ConfigError(
+                f"a sequence has {length} tokens; the model has {len(self.rope)} positions: shorten it, or raise "
+                "model.max_positions."
+            )
+        return self.rope[:length]
 
     def forward(
         self,
@@ -209,7 +216,11 @@ class _Embed(torch.autograd.Function):
         if ctx.ledger is None:
             return None, torch.ops.aten.embedding_dense_backward(dh, tokens, len(weight), -1, False), None
         total = main_grad(weight)
-        total.index_add_(0, tokens, dh.to(total.dtype))
+        if total.is_cuda:  # index_add_ sums in any order there, and a run must repeat bit for bit
+            wide = dh.to(total.dtype)
+            total.add_(torch.ops.aten.embedding_dense_backward(wide, tokens, len(weight), -1, False))
+        else:
+            total.index_add_(0, tokens, dh.to(total.dtype))
         return None, None, None
 
 
@@ -226,5 +237,5 @@ def initialise(model: Transformer, seed: int) -> None:
             else:
                 drawn = torch.empty(value.shape, dtype=torch.float32)
                 value.copy_(drawn.normal_(0.0, model.config.initializer_std, generator=generator))
-        for buffer in model.buffers():
-            buffer.zero_()
+        for _, bias in named_routers(model):
+            bias.zero_()

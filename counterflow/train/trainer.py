@@ -29,13 +29,13 @@ class Totals:
 
     nll: list[Tensor] = field(default_factory=list)
     """Main, then each depth, in nats over all target tokens."""
-    balance: float = 0.0
+    balance: Tensor | None = None
     counts: Tensor | None = None
 
     def add(self, nll: tuple[Tensor, ...], balance: Tensor, counts: Tensor) -> None:
         """One micro-batch more."""
         self.nll = [a + b for a, b in zip(self.nll, nll)] if self.nll else list(nll)
-        self.balance += balance.item()
+        self.balance = balance if self.balance is None else self.balance + balance
         self.counts = counts if self.counts is None else self.counts + counts
 
 
@@ -70,7 +70,7 @@ class Trainer:
         self.require_finite(totals, norm)
         rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
         self.optimizer.step(rate)
-        assert totals.counts is not None, "a step has at least one micro-batch"
+        assert totals.counts is not None and totals.balance is not None, "a step has at least one micro-batch"
         for (_, bias), counts in zip(self.routers, totals.counts):
             step_bias(bias, counts, speed)
         if self.ema is not None:
@@ -85,7 +85,7 @@ class Trainer:
             "tokens": self.sample * length,
             "loss": main,
             "mtp_loss": depths,
-            "balance_loss": totals.balance,
+            "balance_loss": totals.balance.item(),
             "grad_norm": norm,
             "lr": rate,
             "gamma": speed,
