@@ -46,22 +46,30 @@ def compare(
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name in contenders:
-        here, there = context.Pipe()
+        pipes[name], there = context.Pipe()
         context.Process(target=_serve, args=(there, name, setting), daemon=True).start()
         there.close()  # so that a contender's death ends the wait for it
-        pipes[name] = here
+
+    def hear(name: str) -> Any:
+        try:
+            return pipes[name].recv()
+        except EOFError:
+            raise RuntimeError(
+                f"contender '{name}' ended before it was asked to; its traceback is above"
+            ) from None
+
     results: dict[str, dict[str, Any]] = {}
-    for name, pipe in pipes.items():
-        results[name] = {"parameters": pipe.recv(), "tokens_per_s": []}
+    for name in contenders:
+        results[name] = {"parameters": hear(name), "tokens_per_s": []}
     for index in range(rounds):
         for name, pipe in pipes.items():
             pipe.send(steps)
-            results[name]["tokens_per_s"].append(steps * setting.tokens / pipe.recv())
+            results[name]["tokens_per_s"].append(steps * setting.tokens / hear(name))
         speeds = ", ".join(f"{name} {results[name]['tokens_per_s'][-1]:,.0f}" for name in contenders)
         tell(f"{setting.precision} round {index + 1} of {rounds}: {speeds} tokens/s")
     for name, pipe in pipes.items():
         pipe.send(0)
-        results[name]["peak_bytes"] = pipe.recv()
+        results[name]["peak_bytes"] = hear(name)
         results[name]["median"] = statistics.median(results[name]["tokens_per_s"])
     return results
 

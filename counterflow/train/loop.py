@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -172,8 +172,8 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> int:
     """Steps until the end or a signal; 0, or 128 + the signal."""
     keep, start = trainer.run.keep, time.perf_counter()
-    metrics = Metrics(folder, trainer.steps)
-    with stop_signals() as stops, Progress(trainer.total, trainer.sample) as progress:
+    metrics, progress_bar = Metrics(folder, trainer.steps), Progress(trainer.total, trainer.sample)
+    with closing(metrics), stop_signals() as stops, progress_bar as progress:
         while trainer.sample < trainer.total and not stops:
             values = trainer.step()
             last = trainer.sample >= trainer.total
@@ -188,7 +188,6 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
                 state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 state["fingerprint"] = trainer.samples.fingerprint
                 checkpoints.save(trainer.steps, trainer.tensors(), state)
-    metrics.close()
     write_report(folder)
     if trainer.sample < trainer.total:
         print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
