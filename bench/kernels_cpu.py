@@ -1,6 +1,6 @@
 """Which way of the small operations is fastest on a CPU? The choices behind kernels/ and model/experts.py.
 
-    python bench/kernels_cpu.py --json records/DATE-cpu-kernels/raw.json
+python bench/kernels_cpu.py --json records/DATE-cpu-kernels/raw.json
 """
 
 import argparse
@@ -74,7 +74,9 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     """Both precisions; a table of medians; the allocator's effect first, since it cannot be undone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -92,7 +94,9 @@ def main() -> None:
     print(f"norm of 10M at once is off by {error:.1e}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"provenance": provenance(), "milliseconds": results, "error": error}))
+        arguments.json.write_text(
+            json.dumps({"provenance": provenance(), "milliseconds": results, "error": error})
+        )
 
 
 if __name__ == "__main__":
