@@ -6,6 +6,8 @@ output is as fast (835 against 810 GFLOP/s in bf16 at 16 × 512 × 256 × 256) a
 and empty experts. The padded alternative (a capacity per expert) drops or wastes rows and is not taken.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -15,6 +17,10 @@ from counterflow.kernels.product import add_product
 
 GROUPED_ALIGNMENT = 16
 """Bytes; CUDA's grouped product wants strides in multiples of it."""
+GRANULE = 64
+"""Rows. On a CPU bf16 products are compiled for every new shape, half a millisecond each, and the rows of an expert are
+another number at every step: some three hundred new shapes, more time than all the products of a small model. In whole
+granules, the rest filled up with zeros, there are few shapes, which are compiled once."""
 
 
 def grouped_matmul(
@@ -25,10 +31,15 @@ def grouped_matmul(
         out = F.grouped_mm(x, weight, offs=ends.to(torch.int32))
         return out.masked_fill_(torch.arange(len(x), device=x.device)[:, None] >= ends[-1], 0)
     out = x.new_empty(len(x), weight.shape[-1])
-    start = 0
+    start, granule = 0, granule_of(x)
     for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            torch.mm(x[start:end], weight[expert], out=out[start:end])
+        # Rows are taken in whole granules, running into the next expert's, which then overwrites its own.
+        stop = start + -(-(end - start) // granule) * granule
+        for rows in granules(start, min(stop, len(x)), granule):
+            if rows.stop - rows.start >= granule:
+                torch.mm(x[rows], weight[expert], out=out[rows])
+            else:
+                out[rows] = (padded(x[rows], granule) @ weight[expert])[: rows.stop - rows.start]
         start = end
     out[start:] = 0
     return out
@@ -41,11 +52,29 @@ def add_grouped_product(
     if _fused(x, total) and x.dtype == torch.bfloat16:
         total.add_(F.grouped_mm(dy.t(), x, offs=ends.to(torch.int32)))
         return
-    start = 0
+    start, granule = 0, granule_of(x)
     for expert, end in enumerate(ends.tolist()):
-        if end > start:
-            add_product(total[expert], dy[start:end], x[start:end])
+        for rows in granules(start, end, granule):
+            add_product(total[expert], padded(dy[rows], granule), padded(x[rows], granule))
         start = end
+
+
+def granule_of(x: Tensor) -> int:
+    """Rows that a product's length should be a multiple of: see GRANULE."""
+    return GRANULE if x.dtype == torch.bfloat16 and not x.is_cuda else 1
+
+
+def padded(rows: Float[Tensor, "R M"], granule: int) -> Float[Tensor, "R2 M"]:
+    """The rows, with zeros below if they are fewer than a granule."""
+    return rows if len(rows) >= granule else F.pad(rows, (0, 0, 0, granule - len(rows)))
+
+
+def granules(start: int, end: int, granule: int) -> Iterator[slice]:
+    """The rows from start to end as one run of whole granules and one of what is left; empty runs are left out."""
+    whole = start + (end - start) // granule * granule
+    for first, last in ((start, whole), (whole, end)):
+        if last > first:
+            yield slice(first, last)
 
 
 def _fused(x: Tensor, weight: Tensor) -> bool:

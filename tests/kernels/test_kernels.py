@@ -137,3 +137,15 @@ def test_add_product_accumulates_in_fp32():
     total, one = torch.ones(1, 1), torch.tensor([[1.0]], dtype=torch.bfloat16)
     add_product(total, one * 2**-9, one)
     assert total.item() == 1 + 2**-9
+
+
+def test_grouped_products_take_rows_in_granules_and_stay_right():
+    """bf16 rows run into the next expert's and off the end: every row must still be its own expert's."""
+    torch.manual_seed(6)
+    counts = [63, 0, 1, 130, 64, 5]
+    ends, rows = torch.tensor(counts).cumsum(0), sum(counts) + 3
+    x, weight = torch.randn(rows, 8).bfloat16(), torch.randn(6, 8, 4).bfloat16()
+    out = grouped_matmul(x, weight, ends)
+    owners = torch.repeat_interleave(torch.arange(6), torch.tensor(counts))
+    expected = torch.einsum("pm,pmn->pn", x[: ends[-1]].double(), weight[owners].double())
+    assert near(out[: ends[-1]], expected, torch.bfloat16) and not out[ends[-1] :].any()
