@@ -19,7 +19,16 @@ VERBS: Mapping[str, str] = {
 }
 
 
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+STORAGE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 """What a disk answers that has no room or no permission: a user's error wherever it arises."""
 
 
@@ -35,7 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("counterflow: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        return 0
+        return 128 + 13  # what a shell reports of SIGPIPE
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(
+            f"counterflow: out of memory ({str(error).splitlines()[0] if str(error) else 'allocation failed'}); ",
+            end="",
+            file=sys.stderr,
+        )
+        print(
+            "lower train.micro_batch_size or data.sequence_length, or set train.recompute=true.",
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:
         if error.errno not in STORAGE:
             raise

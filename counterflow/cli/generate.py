@@ -61,7 +61,7 @@ def print_sample(folder: str) -> None:
 
     print(f"\nA sample after '{SAMPLE_PROMPT.strip()}':\n")
     text = generate(Generate(run=folder, prompt=SAMPLE_PROMPT, max_tokens=SAMPLE_TOKENS))
-    (Path(folder) / "sample.txt").write_text(text)
+    (Path(folder) / "sample.txt").write_text(text, encoding="utf-8")
     print(f"\nThe run's page: {write_report(Path(folder))}")
 
 

@@ -21,7 +21,7 @@ HELP = """usage: counterflow train [RUN] [KEY=VALUE | --KEY VALUE ...]
 Train a model. RUN is a named run ({runs}; default tiny) or a .toml file; settings follow as overrides:
 
   counterflow train tiny train.tokens=1e6 model.num_layers=6
-  counterflow train my.toml --data.sources texts/*.txt --keep.folder runs/mine
+  counterflow train my.toml --data.sources 'texts/*.txt' --keep.folder runs/mine
 
 `model=NAME` takes another named model, `model=PATH/config.json` a released one. The run is kept in runs/NAME; started
 again it goes on from its last checkpoint (keep.resume=never starts anew). Settings of '{name}':

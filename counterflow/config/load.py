@@ -72,7 +72,7 @@ def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]
 
 
 def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         file = "a .toml file" if what == "run" else "the path of a released config.json"
         raise ConfigError(f"'{name}' is no known {what}; {nearest(str(name), table)} Or give {file}.")
     return table[name]
@@ -80,7 +80,7 @@ def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name."
@@ -143,8 +143,8 @@ def _build(start: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
-            known = [name for name in all_keys() if name.rpartition(".")[0] == prefix.rstrip(".")]
-            raise ConfigError(f"{prefix}{key} is not a setting; {nearest(prefix + key, known or all_keys())}")
+            known = [prefix + name for name in hints]
+            raise ConfigError(f"{prefix}{key} is not a setting; {nearest(prefix + key, known)}")
         changes[key] = _convert(value, hints[key], getattr(start, key), prefix + key)
     return dataclasses.replace(start, **changes)
 
@@ -165,10 +165,11 @@ def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if type(value) is not hint:
-        raise ConfigError(f"{key} is {value!r}; it must be a {_KINDS[hint]}.")
+        raise ConfigError(f"{key} is {value!r}; it must be a {_KINDS[hint]}{QUOTE if hint is str else ''}.")
     return value
 
 
+QUOTE = """: put it in quotes, KEY='"VALUE"'"""
 _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 

@@ -27,6 +27,11 @@ class Yarn:
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_positions", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.yarn.{name} is {getattr(self, name)}; it must be above 0.")
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -86,6 +91,8 @@ class ModelConfig:
             _require(
                 getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}", "it must not be negative"
             )
+        if not self.initializer_std > 0:
+            raise ConfigError(f"model.initializer_std is {self.initializer_std}; it must be above 0.")
         self._check_sizes()
         if self.balance.auxiliary not in AUXILIARY_LOSSES:
             hint = nearest(self.balance.auxiliary, AUXILIARY_LOSSES)

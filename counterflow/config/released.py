@@ -87,8 +87,8 @@ def to_released(config: ModelConfig) -> dict[str, Any]:
 def from_released(released: Mapping[str, Any]) -> ModelConfig:
     """The model that a released config describes.
 
-    Fails (ConfigError): a key is missing, or holds what this architecture is not. `initializer_range` and
-    `aux_loss_alpha` are read though the 671B file's values contradict the report; set them for training.
+    Fails (ConfigError): a key is missing, or holds what this architecture is not. `initializer_range` is
+    read though the 671B file's contradicts the report, `aux_loss_alpha` for the same reason is not: set both.
     """
     for name, value in FIXED.items():
         if (

@@ -11,12 +11,13 @@ from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "must", "never")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source of text: a file, folder or glob of .txt, .jsonl, .parquet, .py, or 'python-stdlib'."""
+    """One source of text: a file, folder or glob of .txt, .md, .py, .jsonl, .parquet, or 'python-stdlib'."""
 
     path: str = "python-stdlib"
     weight: float = 1.0
@@ -36,7 +37,7 @@ class Data:
     fim_rate: float = 0.1
     """Share of documents rewritten prefix, suffix, middle."""
     held_out: float = 0.03
-    """Share of documents never trained on; chosen by a hash of their names or texts."""
+    """Share of documents never trained on; chosen by a hash of their texts."""
     cache_dir: str = ".cache/counterflow"
     """Where the tokenizer and the token shards are kept between runs."""
 
@@ -134,7 +135,18 @@ class Train:
             value = getattr(self.lr if owner else self, leaf)
             if not value > 0:
                 raise ConfigError(f"train.{name} is {value}; it must be above 0.")
-        for name in ("ema_decay", "beta1", "beta2", "mtp_change_at", "bias_stop_at", "batch_ramp_until"):
+        for name in ("ema_decay", "beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(
+                    f"train.{name} is {getattr(self, name)}; it must be at least 0 and below 1."
+                )
+        for name in ("weight_decay", "mtp_weight", "mtp_weight_late", "bias_speed", "threads"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.device not in DEVICES:
+            raise ConfigError(f"train.device is '{self.device}'; {nearest(self.device, DEVICES)}")
+        if not self.tokens < float("inf"):
+            raise ConfigError(f"train.tokens is {self.tokens}; it must be a finite number.")
+        for name in ("mtp_change_at", "bias_stop_at", "batch_ramp_until"):
             _between(f"train.{name}", getattr(self, name), 0.0, 1.0)
 
 
@@ -154,7 +166,7 @@ class Keep:
     eval_every: int = 100
     """Steps between held-out losses; the last step always measures one over the whole held-out part."""
     eval_samples: int = 64
-    """Held-out samples of the measurements on the way."""
+    """Held-out samples of the measurements on the way, evenly spaced; their bits per byte are approximate."""
     log_every: int = 1
     """Steps between log lines in metrics.jsonl and TensorBoard."""
 

@@ -285,8 +285,7 @@ def _parquet(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(
-            f"{path} is parquet, which needs pyarrow, and that is not installed: "
-            "pip install counterflow[parquet]."
+            f"{path} is parquet, which needs pyarrow, and that is not installed: pip install pyarrow."
         ) from error
     try:
         with parquet.ParquetFile(path) as file:

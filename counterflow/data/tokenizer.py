@@ -81,7 +81,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write it as a tokenizer.json."""
-        self.bpe.save(str(path))
+        Path(path).write_text(self.bpe.to_str(), encoding="utf-8")
 
 
 def open_tokenizer(
@@ -96,7 +96,12 @@ def open_tokenizer(
             f"{SMALLEST}. Raise model.vocab_size."
         )
     folder = cache / "tokenizers" / key_of(VERSION, [corpus.key for corpus in corpora], vocab_size)
-    build_once(folder, lambda new: learn(corpora, vocab_size, quiet).save(str(new / "tokenizer.json")))
+    build_once(
+        folder,
+        lambda new: (new / "tokenizer.json").write_text(
+            learn(corpora, vocab_size, quiet).to_str(), encoding="utf-8"
+        ),
+    )
     return load(folder / "tokenizer.json")
 
 

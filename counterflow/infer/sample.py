@@ -38,7 +38,7 @@ def sample_tokens(
 
     A context longer than the model's positions keeps its latest part.   Cost: one whole forward a token.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ConfigError(
             f"temperature is {temperature} and top_p {top_p}; temperature must be 0 (greedy) or above, "
             "top_p above 0 and at most 1."

@@ -1,9 +1,11 @@
 """Causal attention with queries and keys wider than values, forward and backward, on any device.
 
 The reference is PyTorch's `scaled_dot_product_attention`. On a GPU its cuDNN backend is chosen by name: the
-memory-efficient one, PyTorch's pick for unequal widths, is three to nine times slower. On a CPU PyTorch's
-fused kernel is slower than two plain products and a softmax at the lengths that a CPU trains (bf16, 8 × 4
-heads × 256: 3.4 + 8.4 ms against 1.2 + 1.6), so up to `EXPLICIT_LENGTH` the probabilities are made block of
+memory-efficient one, PyTorch's pick for unequal widths, is several times slower. On a CPU PyTorch's fused
+kernel is slower than two plain products and a softmax at the lengths that a CPU trains (8 × 4 heads × 256,
+forward and backward: 12.9 against 4.4 ms in bf16, 11.9 against 11.1 in fp32,
+records/2026-11-23-cpu-kernels; its scores are rounded to the operands' precision before the softmax, which
+PyTorch's kernel does in fp32), so up to `EXPLICIT_LENGTH` the probabilities are made block of
 queries by block of queries, only over the keys such a block may see, and kept for backward; above it memory
 would grow with the square.
 """
@@ -26,7 +28,7 @@ def attention(
     if q.is_cuda:
         with sdpa_kernel(GPU_BACKENDS, set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    if q.shape[2] > EXPLICIT_LENGTH or q.dtype == torch.float64:
+    if q.shape[2] > EXPLICIT_LENGTH:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return _Explicit.apply(q, k, v, scale)  # pyright: ignore[reportReturnType]
 

@@ -1,7 +1,7 @@
 """Keeps freed memory in the process, because a CPU training step asks for the same blocks again and again.
 
 glibc hands blocks above a threshold back to the kernel at once and faults every page in again at the next
-request: measured here, cloning a 32 MB tensor took 10.6 ms with that and 0.8 ms without. Not taken:
+request: cloning a 32 MiB tensor took 9.8 ms with that and 1.6 ms without (records/2026-11-23-cpu-kernels). Not taken:
 preallocated output buffers for every operation, which tie the model's code to the allocator's habits.
 """
 
@@ -22,4 +22,7 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(
+        M_MMAP_THRESHOLD, 1 << 25
+    )  # older glibc allows 32 MiB
+    return bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1)) and bool(kept)

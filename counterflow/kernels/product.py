@@ -1,9 +1,9 @@
 """Weight gradients added into fp32: `total += dyᵀ x` for one matrix and for a group of experts' matrices.
 
 Gradients of a step are summed over micro-batches, sequences and ranks; in bf16 that sum loses what is small,
-so the accumulator is fp32 whatever the operands are. On a GPU the product itself comes out in fp32; CPUs have
-no bf16 product with an fp32 result, so there it is rounded once to bf16 per micro-batch and then added in
-fp32.
+so the accumulator is fp32 whatever the operands are. On a GPU the product of one
+matrix itself comes out in fp32; grouped products there, and every bf16 product on a CPU, are rounded once to
+bf16 per micro-batch and then added in fp32.
 """
 
 import torch

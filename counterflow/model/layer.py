@@ -9,7 +9,7 @@ What a pass needs besides the hidden states comes as a `Context`, an argument: n
 ranks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,19 @@ class Layer(nn.Module):
         return self.combine(self.mlp(self.dispatch(self.attn(h, context))))
 
 
+def _keep(ctx: Any, dispatcher: Dispatcher, arrived: Arrived) -> None:
+    """Save what arrived for backward: its tensors where autograd's hooks see them, so that recomputation can let go."""
+    ctx.save_for_backward(arrived.rows, arrived.ids, arrived.gates)
+    shared = {field.name for field in fields(Arrived)}
+    ctx.rest = {f.name: getattr(arrived, f.name) for f in fields(arrived) if f.name not in shared}
+    ctx.dispatcher, ctx.kind = dispatcher, type(arrived)
+
+
+def _kept(ctx: Any) -> Arrived:
+    rows, ids, gates = ctx.saved_tensors
+    return ctx.kind(rows=rows, ids=ids, gates=gates, **ctx.rest)
+
+
 class _Dispatch(torch.autograd.Function):
     """`ticket` receives what arrived: combine and both backwards name it to the backend."""
 
@@ -152,21 +165,21 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gates: Tensor, ids: Tensor, dispatcher: Dispatcher, ticket: list) -> Any:
         arrived = dispatcher.dispatch(x, Route(ids, gates)).wait()
         ticket.append(arrived)
-        ctx.dispatcher, ctx.arrived = dispatcher, arrived
+        _keep(ctx, dispatcher, arrived)
         return arrived.rows.view_as(arrived.rows), arrived.gates.view_as(arrived.gates)
 
     @staticmethod
     def backward(ctx: Any, drows: Tensor, dgates: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        dx, dgates = ctx.dispatcher.dispatch_backward(drows, dgates, ctx.arrived).wait()
+        dx, dgates = ctx.dispatcher.dispatch_backward(drows, dgates, _kept(ctx)).wait()
         return dx, dgates, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, into: Tensor, dispatcher: Dispatcher, arrived: Arrived) -> Tensor:
-        ctx.dispatcher, ctx.arrived = dispatcher, arrived
+        _keep(ctx, dispatcher, arrived)
         return dispatcher.combine(y, arrived, into).wait()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.dispatcher.combine_backward(dout, ctx.arrived).wait(), dout, None, None
+        return ctx.dispatcher.combine_backward(dout, _kept(ctx)).wait(), dout, None, None

@@ -176,14 +176,16 @@ def head_loss(
     ledger: Ledger | None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """HEAD: scale × Σ −log p(target), to differentiate, and the plain sum in nats. [Eq. 24]"""
-    return _HeadLoss.apply(h, weight, targets.flatten(), scale, ledger)  # pyright: ignore[reportReturnType]
+    return _HeadLoss.apply(h, weight, targets.flatten(), scale, ledger, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, scale: float, ledger: Any) -> Any:
+    def forward(
+        ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, scale: float, ledger: Any, grad: bool
+    ) -> Any:
         dweight = None
-        if any(ctx.needs_input_grad[:2]):
+        if grad and any(ctx.needs_input_grad[:2]):
             wide = torch.promote_types(weight.dtype, torch.float32)
             dweight = torch.zeros_like(weight, dtype=wide) if ledger is None else main_grad(weight)
         nll, dh = cross_entropy(h, weight, targets, dweight, scale)
@@ -199,8 +201,8 @@ class _HeadLoss(torch.autograd.Function):
         if not dweight:
             # The head's gradient was added in forward, seeded with 1, so the loss must be the root of
             # backward.
-            return dh, None, None, None, None
-        return dh * dloss.to(dh.dtype), (dweight[0] * dloss).to(ctx.dtype), None, None, None
+            return dh, None, None, None, None, None
+        return dh * dloss.to(dh.dtype), (dweight[0] * dloss).to(ctx.dtype), None, None, None, None
 
 
 class _Embed(torch.autograd.Function):

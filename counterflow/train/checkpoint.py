@@ -210,7 +210,11 @@ def _crc(path: Path) -> int:
 def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:
     """One sentence from whatever the writing raised, with the operating system's cause dug out."""
     cause = _os_error(error)
-    why = CAUSES.get(cause.errno or 0, cause.strerror or str(cause)) if cause else str(error).splitlines()[0]
+    why = (
+        CAUSES.get(cause.errno or 0, cause.strerror or str(cause))
+        if cause
+        else (str(error) or repr(error)).splitlines()[0]
+    )
     kept = f"Saved before and untouched: step {older[-1]}." if older else "No earlier checkpoint was there."
     return f"the checkpoint {path} could not be written; {why}. {kept}"
 

@@ -26,6 +26,7 @@ from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
 from counterflow.errors import CheckpointError, ConfigError
 from counterflow.kernels.memory import keep_freed_memory
+from counterflow.plan.count import count_parameters
 from counterflow.train import lr
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.metrics import Metrics, Progress
@@ -33,17 +34,20 @@ from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import CHECKPOINTS, RUN_TOML, TOKENIZER, run_config
 from counterflow.train.trainer import Trainer
-from counterflow.units import count, seconds
+from counterflow.units import bytes_, count, seconds
 
 FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device")
 """Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
+BYTES_EACH = 16
+"""Of a parameter in training: fp32 master, gradient and two moments."""
 LN2 = 0.6931471805599453
 
 
 def train(run: RunConfig) -> int:
     """Train a run to its end or until a signal; the exit code, 0 when it is complete."""
     run = resolve(run)
-    folder = Path(run.folder)
+    folder = Path(run.folder).expanduser().resolve()
+    require_memory(run)
     with locked(folder):
         if run.keep.resume == "never":
             move_aside(folder)
@@ -82,9 +86,26 @@ def resolve(run: RunConfig) -> RunConfig:
     keep_freed_memory()
     precision = train.precision
     if precision == "auto":
-        native = device != "cpu" or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        native = (
+            torch.cuda.is_bf16_supported(False)
+            if device != "cpu"
+            else getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+        )
         precision = "bf16" if native else "fp32"
     return dataclasses.replace(run, train=dataclasses.replace(train, device=device, precision=precision))
+
+
+def require_memory(run: RunConfig) -> None:
+    """Refuse a model whose weights and optimizer alone are more than the CPU's memory, before anything is made."""
+    counts = count_parameters(run.model)
+    each = BYTES_EACH + (4 if run.train.ema_decay else 0) + (2 if run.train.precision == "bf16" else 0)
+    needed = (counts.total + counts.mtp) * each
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if run.train.device == "cpu" and needed > there:
+        raise ConfigError(
+            f"{run.name} needs {bytes_(needed)} for weights, gradients and optimizer, and this machine has "
+            f"{bytes_(there)}; one process trains smaller models: choose another, or lower its sizes."
+        )
 
 
 def move_aside(folder: Path) -> None:
@@ -109,7 +130,7 @@ def require_same_settings(run: RunConfig, folder: Path) -> None:
 def write_run(run: RunConfig, folder: Path, step: int, samples: Samples) -> None:
     """The whole configuration, where it runs, and the tokenizer: before the first step."""
     beside = folder / (RUN_TOML + ".new")
-    beside.write_text(to_toml(run))
+    beside.write_text(to_toml(run), encoding="utf-8")
     beside.rename(folder / RUN_TOML)
     name = f"provenance-{step}.json" if step else "provenance.json"
     (folder / name).write_text(json.dumps(provenance(), indent=1))
@@ -180,7 +201,10 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
             if last or trainer.steps % keep.eval_every == 0:
                 values |= evaluate(trainer, None if last else keep.eval_samples)
                 progress.note(f"step {trainer.steps}: held-out {values['held_out_bpb']:.3f} bits per byte")
-            values |= {"seconds": already + time.perf_counter() - start, "memory_bytes": peak_memory()}
+            values |= {
+                "seconds": already + time.perf_counter() - start,
+                "memory_bytes": peak_memory(trainer.device),
+            }
             if last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values:
                 metrics.write(values)
             progress.update(values)
@@ -203,9 +227,9 @@ def evaluate(trainer: Trainer, most: int | None) -> dict[str, float]:
     return {"held_out_loss": loss, "held_out_bpb": loss / LN2 / trainer.samples.bytes_per_token}
 
 
-def peak_memory() -> int:
-    """Bytes: of the GPU if there is one, else the process's peak resident memory."""
-    if torch.cuda.is_available():
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU if the run is there, else the process's peak resident memory."""
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -65,9 +65,7 @@ class Optimizer:
         betas = (train.beta1, train.beta2)
         adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=train.adam_eps, fused=True)
         for group in adam.param_groups:
-            for flat in group[
-                "params"
-            ]:  # the state exists before the first step, so that a checkpoint can fill it
+            for flat in group["params"]:  # there before the first step, so that a checkpoint can fill it
                 adam.state[flat] = {
                     "step": torch.zeros((), device=flat.device),
                     "exp_avg": torch.zeros_like(flat),
@@ -82,11 +80,13 @@ class Optimizer:
                 main_grad.add_(parameter.grad)
                 parameter.grad = None
 
-    def clip(self) -> Tensor:
-        """The gradient's global norm, after which the gradient is scaled to at most `clip_norm`; a 0-dim tensor."""
-        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self.grad.view(-1, NORM_ROW), dim=1))
+    def norm(self) -> Tensor:
+        """The gradient's global norm; a 0-dim tensor."""
+        return torch.linalg.vector_norm(torch.linalg.vector_norm(self.grad.view(-1, NORM_ROW), dim=1))
+
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradient, whose norm is given, to at most `clip_norm`."""
         self.grad.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        return norm
 
     def step(self, learning_rate: float) -> None:
         """One update of the masters and the weights; gradients are zero afterwards."""

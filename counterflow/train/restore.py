@@ -1,4 +1,4 @@
-"""A trained run as a model to use: its configuration, its newest sound checkpoint, its tokenizer."""
+"""A trained run as a model to use: its configuration, its newest checkpoint, its tokenizer."""
 
 from pathlib import Path
 

@@ -66,8 +66,9 @@ class Trainer:
         batch = lr.batch_size(train, length, self.sample)
         mtp_weight = lr.mtp_weight(train, self.done)
         totals = self.accumulate(batch, mtp_weight)
-        norm = self.optimizer.clip().item()
-        self.require_finite(totals, norm)
+        norm = self.optimizer.norm()
+        self.require_finite(totals, norm.item())
+        self.optimizer.clip(norm)
         rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
         self.optimizer.step(rate)
         assert totals.counts is not None and totals.balance is not None, "a step has at least one micro-batch"
@@ -86,7 +87,7 @@ class Trainer:
             "loss": main,
             "mtp_loss": depths,
             "balance_loss": totals.balance.item(),
-            "grad_norm": norm,
+            "grad_norm": norm.item(),
             "lr": rate,
             "gamma": speed,
             "mtp_weight": mtp_weight,
@@ -139,19 +140,23 @@ class Trainer:
             h = layer(h, context).h
             if not torch.isfinite(h).all():
                 return f"the output of layer {index} is not finite"
-        bad = [name for name, grad in self.optimizer.gradients() if not torch.isfinite(grad).all()]
-        where = f"the gradient of '{bad[-1]}' and {len(bad) - 1} more" if bad else "the gradient's norm"
+        gradients = dict(self.optimizer.gradients())
+        in_order = [name for name, _ in self.model.named_parameters()]
+        bad = [name for name in in_order if not torch.isfinite(gradients[name]).all()]
+        where = (
+            f"the gradient of '{bad[-1]}' and of {len(bad) - 1} before it" if bad else "the gradient's norm"
+        )
         return f"{where} is not finite (norm {norm:g})"
 
     @torch.no_grad()
     def held_out_loss(self, count: int) -> float:
-        """Mean −log p of the main model over the first `count` held-out samples, nats a token."""
-        micro, total, tokens = self.run.train.micro_batch_size, 0.0, 0
+        """Mean −log p of the main model over `count` held-out samples, evenly spaced over them all; nats a token."""
+        micro, every, total = self.run.train.micro_batch_size, self.samples.num_held_out, 0.0
+        places = [index * every // count for index in range(count)]
         for first in range(0, count, micro):
-            samples = self.samples.held_out(first, min(micro, count - first)).to(self.device)
-            total += self.model(samples).nll[0].item()
-            tokens += samples.shape[0] * (samples.shape[1] - 1)
-        return total / tokens
+            some = [self.samples.held_out(place, 1) for place in places[first : first + micro]]
+            total += self.model(torch.cat(some).to(self.device)).nll[0].item()
+        return total / (count * self.run.data.sequence_length)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps, by name."""

@@ -92,6 +92,14 @@ def test_overrides_and_bases(tmp_path):
         (["train.lr.warmup=0.9"], "must rise"),
         (["data.sequence_length=4096"], "raise model.max_positions"),
         (["data.fim_rate=1.5"], "between 0 and 1"),
+        (["train.device=gpu"], "train.device is 'gpu'"),
+        (["train.threads=-1"], "must be at least 0"),
+        (["train.beta1=1"], "at least 0 and below 1"),
+        (["train.weight_decay=-1"], "must be at least 0"),
+        (["train.tokens=inf"], "must be a finite number"),
+        (["model.initializer_std=-1"], "must be above 0"),
+        (["model.yarn.beta_fast=0"], "model.yarn.beta_fast is 0.0; it must be above 0"),
+        (["name=123"], "put it in quotes"),
         (["keep.resume=perhaps"], "keep.resume is 'perhaps'"),
     ],
 )
@@ -117,3 +125,13 @@ def test_every_key_is_reachable():
     keys = list(all_keys())
     assert "train.lr.peak" in keys and "model.yarn.factor" in keys and "model.balance.sequence_alpha" in keys
     assert math.isclose(RunConfig().train.lr.peak, 2.2e-4)
+
+
+def test_a_misspelt_setting_of_a_source_names_the_nearest(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('base = "tiny"\n[[data.sources]]\npath = "x"\nwieght = 2\n')
+    with pytest.raises(ConfigError, match=r"did you mean 'data.sources.weight'\?"):
+        load_run(str(path))
+    path.write_text('base = ["tiny"]\n')
+    with pytest.raises(ConfigError, match="no known run"):
+        load_run(str(path))

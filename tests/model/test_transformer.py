@@ -1,11 +1,14 @@
 """Losses, counts and every gradient against the plain loop in float64; what must not count does not."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from counterflow.config.model import Balance
+from counterflow.errors import ConfigError
 from counterflow.model.debts import Ledger
 from counterflow.model.transformer import Transformer
 from tests.model.configs import BASE, random_model
@@ -102,6 +105,34 @@ def test_recomputation_changes_neither_counts_nor_gradients():
     with torch.no_grad():
         model(samples)
     assert all(torch.equal(a, b) for a, b in zip(bias, model.buffers()))
+
+
+def test_recomputation_lets_go_of_what_a_layer_made():
+    """Between forward and backward only the layers' inputs live: what was dispatched is made again."""
+    model, samples = double("latent")
+    model.recompute = True
+    seen = []
+    plain = model.dispatcher.dispatch
+    model.dispatcher.dispatch = lambda x, route: (seen.append(weakref.ref(x)), plain(x, route))[1]
+    losses = model(samples, mtp_weight=0.3)
+    gc.collect()
+    assert seen and all(reference() is None for reference in seen)
+    losses.total.backward()
+
+
+def test_evaluation_makes_no_gradient():
+    model, samples = double("latent")
+    for parameter in model.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        model(samples, mtp_weight=0.3, ledger=Ledger())
+    assert not any(parameter.main_grad.any() for parameter in model.parameters())
+
+
+def test_a_sequence_beyond_the_models_positions_is_refused():
+    model, _ = double("latent")
+    with pytest.raises(ConfigError, match="has 65 tokens; the model has 64 positions"):
+        model.logits(torch.zeros(1, 65, dtype=torch.int64))
 
 
 def test_mtp_keeps_the_causal_chain_at_every_depth():

@@ -92,11 +92,17 @@ def test_a_complete_run_says_so_and_trains_no_more(whole, capsys):
     assert (whole / "run" / "metrics.jsonl").read_text() == before
 
 
+LONGER = ["train.tokens=12800"]
+"""A hundred steps: enough for ten kills to find it at work."""
+
+
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(whole, tmp_path):
+def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(tmp_path_factory):
     """SIGKILL, also while a checkpoint is written: every tensor bit for bit, and never one that does not load."""
+    whole, tmp_path = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
+    assert counterflow(whole, *LONGER) == 0
     write_text(tmp_path / "text.txt")
-    words = overrides(tmp_path, "keep.checkpoint_every=1")
+    words = overrides(tmp_path, "keep.checkpoint_every=1", *LONGER)
     environment, dice = os.environ | {"PYTHONWARNINGS": "ignore"}, random.Random(time.time_ns())
     command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
     kills = 0
@@ -109,6 +115,9 @@ def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(whole, tm
         time.sleep(dice.uniform(0.0, 0.25))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL, (
+            "the run ended before it could be killed: make it longer"
+        )
         kills += 1
         kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
         for step in kept.steps():

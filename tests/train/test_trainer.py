@@ -71,6 +71,23 @@ def test_nan_weights_stop_with_step_place_and_remedy(tmp_path, where):
     assert torch.equal(one.optimizer.master.nan_to_num(), before.nan_to_num()) and one.steps == 1
 
 
+@pytest.mark.parametrize("where", ["layers.1.attention.kv_up.weight", "layers.0.ffn_norm.weight"])
+def test_a_gradient_that_is_not_finite_is_named_and_nothing_moves(tmp_path, where, monkeypatch):
+    one = trainer(tmp_path)
+    accumulate = one.accumulate
+
+    def spoilt(*arguments):
+        totals = accumulate(*arguments)
+        dict(one.optimizer.gradients())[where].view(-1)[0] = float("nan")
+        return totals
+
+    monkeypatch.setattr(one, "accumulate", spoilt)
+    before = one.optimizer.master.clone()
+    with pytest.raises(NonFiniteError, match=rf"step 1: the gradient of '{where}' and of 0 before it"):
+        one.step()
+    assert torch.equal(one.optimizer.master, before)
+
+
 def test_overflow_names_the_layer(tmp_path):
     one = trainer(tmp_path)
     dict(one.optimizer.masters())["layers.1.shared.gate_up"].fill_(3e38)
