@@ -33,7 +33,7 @@ SPLITS = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 """DeepSeek-V3's pre-tokenizer (tokenizer.json of the release), applied one after the other."""
-EOS = ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "</s>")
+EOS = ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 FIM_BEGIN = ("<|fim_begin|>", "<｜fim▁begin｜>")
 FIM_HOLE = ("<|fim_hole|>", "<｜fim▁hole｜>")
 FIM_END = ("<|fim_end|>", "<｜fim▁end｜>")

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from counterflow.config.load import settings, to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
-from counterflow.errors import CheckpointError, ConfigError
+from counterflow.errors import CheckpointError, ConfigError, CounterflowError
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.plan.count import count_parameters
 from counterflow.train import lr
@@ -192,6 +192,24 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
 
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> int:
     """Steps until the end or a signal; 0, or 128 + the signal."""
+    try:
+        stops, took = run_steps(trainer, folder, checkpoints, already)
+    except CounterflowError:
+        with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
+            write_report(folder)
+        raise
+    write_report(folder)
+    if trainer.sample < trainer.total:
+        print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
+        return 128 + stops[0]
+    print(f"Trained {trainer.steps} steps in {seconds(took)}.")
+    return 0
+
+
+def run_steps(
+    trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float
+) -> tuple[list[int], float]:
+    """Step, measure and save until the end or a signal; the signals, and seconds trained, earlier ones included."""
     keep, start = trainer.run.keep, time.perf_counter()
     metrics, progress_bar = Metrics(folder, trainer.steps), Progress(trainer.total, trainer.sample)
     with closing(metrics), stop_signals() as stops, progress_bar as progress:
@@ -212,12 +230,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
                 state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 state["fingerprint"] = trainer.samples.fingerprint
                 checkpoints.save(trainer.steps, trainer.tensors(), state)
-    write_report(folder)
-    if trainer.sample < trainer.total:
-        print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
-        return 128 + stops[0]
-    print(f"Trained {trainer.steps} steps in {seconds(already + time.perf_counter() - start)}.")
-    return 0
+    return stops, already + time.perf_counter() - start
 
 
 def evaluate(trainer: Trainer, most: int | None) -> dict[str, float]:

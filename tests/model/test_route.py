@@ -107,5 +107,10 @@ def test_auxiliary_losses_count_every_choice_or_the_first():
     first = torch.tensor([1.0, 0.0, 0.0, 0.0]) * 4
     for name, f in (("switch", every), ("gshard", first)):
         settings_ = balance.Balance(auxiliary=name, auxiliary_alpha=0.5)
-        loss = balance.auxiliary_loss(scores, ids, settings_)
-        assert torch.allclose(loss, 0.5 * (f * normal.mean(0)).sum())
+        leaf = scores.double().requires_grad_()
+        loss = balance.auxiliary_loss(leaf, ids, settings_)
+        loss.backward()
+        assert torch.allclose(loss.float(), 0.5 * (f * normal.mean(0)).sum())
+        inverse = 1 / scores.double().sum(-1, keepdim=True)
+        by_hand = 0.5 / 2 * inverse * (f - (f * normal.double()).sum(-1, keepdim=True))
+        assert torch.allclose(leaf.grad, by_hand)  # f is a count and has no gradient

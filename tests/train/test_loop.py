@@ -225,3 +225,21 @@ def test_a_first_try_that_failed_does_not_stand_in_the_way(tmp_path, capsys):
     assert counterflow(tmp_path, "data.sources=nowhere") == 2
     assert "source 'nowhere' is not there" in capsys.readouterr().err
     assert counterflow(tmp_path, "train.tokens=128") == 0
+
+
+def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        from counterflow.train.trainer import Trainer
+
+        plain = Trainer.step
+
+        def spoilt(self):
+            if self.steps == 12:
+                dict(self.optimizer.masters())["head"].fill_(float("nan"))
+            return plain(self)
+
+        patch.setattr(Trainer, "step", spoilt)
+        assert counterflow(tmp_path) == 3
+    assert "step 13: weight 'head' is not finite" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5, 10]
+    assert (tmp_path / "run" / "report.html").is_file()
