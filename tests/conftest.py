@@ -3,6 +3,10 @@
 import importlib.util
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("counterflow", deadline=None)  # a busy machine is no failure
+settings.load_profile("counterflow")
 
 LEFT_OUT = pytest.StashKey[int]()
 

@@ -76,9 +76,14 @@ def _call(words: list[str]) -> int:
         print(usage())
         return 0
     if words[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"counterflow {version('counterflow')}")
+        try:
+            print(f"counterflow {version('counterflow')}")
+        except PackageNotFoundError:
+            raise ConfigError(
+                "counterflow runs from its source folder; install it to give it a version: pip install ."
+            ) from None
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:

@@ -23,9 +23,9 @@ def run(arguments: Sequence[str]) -> int:
     query = " ".join(tyro.cli(Where, prog="counterflow where", args=arguments).item)
     found = find(query)
     if not found:
-        raise ConfigError(
-            f"'{query}' has no home in the code; {nearest(query, [home.item for home in items()])}"
-        )
+        known = {home.item for home in items()}
+        hint = nearest(query, known) if query else 'name an item, such as "eq 16", "fig 2" or "§4.2".'
+        raise ConfigError(f"'{query}' has no home in the code; {hint}")
     for home, tests in found:
         print(f"{home.file}:{home.line}  {home.item}  {home.sentence}")
         for test in tests:

@@ -11,6 +11,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from counterflow.config.models import MODELS
 from counterflow.config.released import read_released
 from counterflow.config.run import RunConfig
 from counterflow.config.runs import RUNS
+from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError, nearest
 
 
@@ -80,7 +82,7 @@ def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name."
@@ -113,9 +115,10 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return document["value"] if len(document) == 1 else text
 
 
 def settings(kind: type) -> dict[str, Any]:
@@ -143,16 +146,26 @@ def _build(start: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     changes: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
-            known = [prefix + name for name in hints]
-            raise ConfigError(f"{prefix}{key} is not a setting; {nearest(prefix + key, known)}")
+            raise _unknown(prefix + key, value, [prefix + name for name in hints])
         changes[key] = _convert(value, hints[key], getattr(start, key), prefix + key)
     return dataclasses.replace(start, **changes)
+
+
+def _unknown(name: str, value: Any, beside: Sequence[str]) -> ConfigError:
+    """Names the setting meant: one that ends in what was given, or the most alike, or else lists those `beside`."""
+    while table := _table(value):
+        inner, value = next(iter(table.items()))
+        name += f".{inner}"
+    ending = [key for key in all_keys() if f".{key}".endswith(f".{name}")]
+    close = ending or get_close_matches(name, [*all_keys(), *beside], n=1, cutoff=0.6)
+    hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(beside)}."
+    return ConfigError(f"{name} is not a setting; {hint}")
 
 
 def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
     inner = _dataclass_of(hint)
     if inner is not None:
-        if value in ("none", None) and inner is not hint:
+        if inner is not hint and str(value).lower() == "none":
             return None
         table = _table(value)
         if table is None:
@@ -160,17 +173,10 @@ def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
         return _build(inner() if current is None else current, table, key + ".")
     if typing.get_origin(hint) is tuple:
         return _tables(value, typing.get_args(hint)[0], key)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not hint:
-        raise ConfigError(f"{key} is {value!r}; it must be a {_KINDS[hint]}{QUOTE if hint is str else ''}.")
-    return value
+    return scalar(value, hint, key, QUOTE if hint is str else "")
 
 
 QUOTE = """: put it in quotes, KEY='"VALUE"'"""
-_KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
 def _tables(value: Any, kind: type, key: str) -> tuple[Any, ...]:

@@ -45,6 +45,11 @@ class Balance:
     auxiliary_alpha: float = 1e-3
     """Weight of the conventional loss; V2-Lite's expert-level factor."""
 
+    def __post_init__(self) -> None:
+        for name in ("sequence_alpha", "auxiliary_alpha"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"model.balance.{name} is {getattr(self, name)}; it must not be negative.")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -91,8 +96,9 @@ class ModelConfig:
             _require(
                 getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}", "it must not be negative"
             )
-        if not self.initializer_std > 0:
-            raise ConfigError(f"model.initializer_std is {self.initializer_std}; it must be above 0.")
+        for name in ("initializer_std", "rope_theta", "rms_norm_eps", "routed_scaling_factor"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0.")
         self._check_sizes()
         if self.balance.auxiliary not in AUXILIARY_LOSSES:
             hint = nearest(self.balance.auxiliary, AUXILIARY_LOSSES)

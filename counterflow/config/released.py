@@ -7,9 +7,10 @@ loader that skips what it does not know gives a model that runs and is wrong.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 from counterflow.config.model import ModelConfig, Yarn
+from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError
 
 NAMES: Mapping[str, str] = {
@@ -106,22 +107,43 @@ def from_released(released: Mapping[str, Any]) -> ModelConfig:
             f"the released config lacks '{missing[0]}'; a DeepSeek-V3 config.json names it: add the key."
         )
     heads = released["num_attention_heads"]
-    if released.get("num_key_value_heads", heads) != heads:
+    if released.get("num_key_value_heads") not in (None, heads):
         raise ConfigError(
             f"num_key_value_heads is {released['num_key_value_heads']} in the released config; MLA has as "
             f"many as num_attention_heads, {heads}: the checkpoint is of another model."
         )
-    rope: dict[str, Any] = {**(released.get("rope_scaling") or {}), **(released.get("rope_parameters") or {})}
-    settings = {ours: released[theirs] for ours, theirs in NAMES.items()}
-    settings["routed_scaling_factor"] = float(settings["routed_scaling_factor"])
-    return ModelConfig(
-        **settings,
-        q_lora_rank=released.get("q_lora_rank") or 0,
-        num_mtp_modules=released.get("num_nextn_predict_layers", released.get("num_mtp_layers", 0)) or 0,
-        rope_theta=float(rope.get("rope_theta") or released.get("rope_theta") or 10000.0),
-        yarn=_yarn(rope),
-        initializer_std=float(released.get("initializer_range") or 0.006),
+    rope = {**_table(released, "rope_scaling"), **_table(released, "rope_parameters")}
+    settings = _typed(ModelConfig, {ours: (theirs, released[theirs]) for ours, theirs in NAMES.items()})
+    mtp = "num_nextn_predict_layers" if "num_nextn_predict_layers" in released else "num_mtp_layers"
+    settings |= _typed(
+        ModelConfig,
+        {
+            "q_lora_rank": ("q_lora_rank", released.get("q_lora_rank") or 0),
+            "num_mtp_modules": (mtp, released.get(mtp) or 0),
+            "rope_theta": ("rope_theta", rope.get("rope_theta") or released.get("rope_theta") or 10000.0),
+            "initializer_std": ("initializer_range", released.get("initializer_range") or 0.006),
+        },
     )
+    return ModelConfig(**settings, yarn=_yarn(rope))
+
+
+def _typed(kind: type, given: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Our names' values, each of the type our setting has; errors say their name."""
+    hints = get_type_hints(kind)
+    return {
+        ours: scalar(value, hints[ours], f"{theirs} in the released config", ": correct the file")
+        for ours, (theirs, value) in given.items()
+    }
+
+
+def _table(released: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A table of the file; empty where it is absent or null."""
+    value: Any = released.get(name) or {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{name} is {value!r} in the released config; it must be a table: correct the file."
+        )
+    return cast("dict[str, Any]", value)
 
 
 def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
@@ -130,11 +152,8 @@ def _yarn(rope: Mapping[str, Any]) -> Yarn | None:
         return None
     if kind != "yarn":
         raise ConfigError(f"rope scaling is '{kind}' in the released config; 'yarn' or none is known here.")
-    given = {ours: rope[theirs] for ours, theirs in YARN_NAMES.items() if rope.get(theirs) is not None}
-    settings: dict[str, Any] = {ours: float(value) for ours, value in given.items()}
-    if "original_max_positions" in settings:
-        settings["original_max_positions"] = int(settings["original_max_positions"])
-    return Yarn(**settings)
+    given = {ours: name for ours, name in YARN_NAMES.items() if rope.get(name) is not None}
+    return Yarn(**_typed(Yarn, {ours: (name, rope[name]) for ours, name in given.items()}))
 
 
 def read_released(path: Path) -> ModelConfig:

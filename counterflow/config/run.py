@@ -6,6 +6,8 @@ a run of a million tokens and one of 14.8 trillion; the defaults are the report'
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import PurePath
 
 from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
@@ -58,7 +60,8 @@ class LearningRate:
 
     peak: float = 2.2e-4
     warmup: float = 0.0085
-    """Linear from 0 over this fraction of the run (2K steps of the report's)."""
+    """Linear from 0 over this fraction of the run. The report's 2K steps are 0.0019 of its tokens, since they lie at
+    the start of its batch ramp; 0.0085 would be 2K steps of its full batch."""
     constant_until: float = 0.676
     cosine_until: float = 0.966
     floor: float = 0.1
@@ -69,11 +72,13 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         marks = (0.0, self.warmup, self.constant_until, self.cosine_until, self.last_from, 1.0)
-        if list(marks) != sorted(marks):
+        if not all(before <= after for before, after in pairwise(marks)):
             raise ConfigError(
                 f"train.lr phases end at {marks[1:-1]}; they must rise from 0 to 1: "
                 "warmup <= constant_until <= cosine_until <= last_from."
             )
+        for name in ("floor", "last"):
+            _at_least(f"train.lr.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,12 @@ class RunConfig:
     keep: Keep = field(default_factory=Keep)
 
     def __post_init__(self) -> None:
+        path = PurePath(self.name)
+        if not self.keep.folder and (not path.parts or path.is_absolute() or ".." in path.parts):
+            raise ConfigError(
+                f"name is '{self.name}' and keep.folder is empty; the run is kept in runs/NAME: give it a name "
+                "that stays inside runs, or set keep.folder."
+            )
         if self.data.sequence_length > self.model.max_positions:
             raise ConfigError(
                 f"data.sequence_length is {self.data.sequence_length}; the model has "

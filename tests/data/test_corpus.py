@@ -140,7 +140,7 @@ def test_bad_parquet_columns(tmp_path: Path) -> None:
         opened(tmp_path / "a.parquet", tmp_path, field="number")
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch) -> None:
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest):
@@ -150,7 +150,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch) ->
 
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"pip install counterflow\[parquet\]"):
+    with pytest.raises(DataError, match="pip install pyarrow"):
         opened(tmp_path / "a.parquet", tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The shapes of a run: continuous where they should be, and adding up to what was planned."""
 
+import itertools
 import math
 
 import pytest
@@ -25,6 +26,15 @@ def test_section_4_2_learning_rate_phases():
     for mark in (TRAIN.lr.warmup, TRAIN.lr.constant_until, TRAIN.lr.cosine_until):
         before, after = (lr.learning_rate(TRAIN, mark + shift) for shift in (-1e-9, 1e-9))
         assert math.isclose(before, after, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["v3-671b", "v3-16b"])
+def test_the_report_warms_up_in_2000_steps(name):
+    run = RUNS[name]
+    target = run.train.lr.warmup * run.train.tokens
+    trained = itertools.accumulate(lr.steps(run.train, run.data.sequence_length))
+    warming = sum(1 for _ in itertools.takewhile(lambda n: n * run.data.sequence_length < target, trained))
+    assert abs(warming - 2000) <= 20
 
 
 def test_mtp_weight_and_bias_speed_change_where_the_report_says():
