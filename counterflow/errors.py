@@ -26,6 +26,10 @@ class CheckpointError(CounterflowError):
     """A checkpoint that is missing, truncated, of another model, or cannot be written."""
 
 
+class ScheduleError(CounterflowError):
+    """A schedule that cannot be: a wrong number of ranks or micro-batches, or cells that do not fit together."""
+
+
 class NonFiniteError(CounterflowError):
     """A loss or gradient that is NaN or infinite; names step and layer."""
 
