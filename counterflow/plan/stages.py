@@ -13,8 +13,6 @@ from counterflow.errors import ConfigError
 from counterflow.plan import count
 from counterflow.schedule.words import Part, Plan
 
-WORDS = "embed, a number of layers, head, and a number of mtp modules as in '2mtp'"
-
 
 class Unit(NamedTuple):
     """Parts that stay together, and the weights that a token is multiplied with there."""

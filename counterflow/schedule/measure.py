@@ -4,11 +4,12 @@ Activations are counted in stage-passes: one micro-batch's of one stage. They ar
 weight gradients still need from I to W. Parameters are counted in stages; Table 2 writes 1× for one of PP.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from counterflow.schedule.simulate import Costs, makespan
-from counterflow.schedule.words import Kind, Schedule, Span
+from counterflow.schedule.weave import weave
+from counterflow.schedule.words import Cell, Kind, Plan, Schedule, Span, StageId
 
 
 class Held(NamedTuple):
@@ -33,20 +34,31 @@ def idle(spans: Sequence[Span], ranks: int) -> list[float]:
     return [whole - time for time in busy]
 
 
-def held(schedule: Schedule) -> list[Held]:
-    """What every rank holds at its peak."""
-    return [_held(schedule, rank) for rank in range(schedule.ranks)]
+def held(schedule: Schedule, plans: Mapping[StageId, Plan] | None = None) -> list[Held]:
+    """What every rank holds at its peak; with plans, counted in the order in which a pair's ops are woven."""
+    return [_held(schedule, rank, plans) for rank in range(schedule.ranks)]
 
 
-def _held(schedule: Schedule, rank: int) -> Held:
+def _held(schedule: Schedule, rank: int, plans: Mapping[StageId, Plan] | None) -> Held:
     whole = owed = 0
     peaks = (0, 0, 0)
     for cell in schedule.rows[rank]:
-        for chunk in sorted(cell, key=lambda chunk: chunk.kind is not Kind.F):
-            whole += (chunk.kind is Kind.F) - (chunk.kind in (Kind.B, Kind.I))
-            owed += (chunk.kind is Kind.I) - (chunk.kind is Kind.W)
+        for kind, begins in _events(cell, plans):
+            whole += begins if kind is Kind.F else -(kind is not Kind.W and not begins)
+            owed += (kind is Kind.I and not begins) - (kind is Kind.W and not begins)
             peaks = max(peaks[0], whole + owed), max(peaks[1], whole), max(peaks[2], owed)
     return Held(*peaks, len(schedule.held(rank)))
+
+
+def _events(cell: Cell, plans: Mapping[StageId, Plan] | None) -> Iterator[tuple[Kind, bool]]:
+    """Begin (True) and end of the cell's chunks in order: the forward first, or as its plans weave."""
+    chunks = sorted(cell, key=lambda chunk: chunk.kind is not Kind.F)
+    ops = [] if plans is None else weave(cell, plans)
+    marks: list[tuple[int, int, Kind, bool]] = []
+    for place, chunk in enumerate(chunks):
+        own = [at for at, op in enumerate(ops) if op.chunk == chunk] or [-1]
+        marks += [(own[0], place, chunk.kind, True), (own[-1], place, chunk.kind, False)]
+    yield from ((kind, begins) for _, _, kind, begins in sorted(marks, key=lambda mark: (mark[0], mark[1])))
 
 
 Formula = Callable[[int, Costs], float]

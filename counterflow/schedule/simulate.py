@@ -43,8 +43,8 @@ class Costs:
         """Seconds of a cell."""
         if len(cell) > 1:
             return self.f + self.b if self.pair is None else self.pair
-        (chunk,) = cell
-        return {Kind.F: self.f, Kind.B: self.b, Kind.I: self.b - self.w, Kind.W: self.w}[chunk.kind]
+        each = {Kind.F: self.f, Kind.B: self.b, Kind.I: self.b - self.w, Kind.W: self.w}
+        return sum(each[chunk.kind] for chunk in cell)
 
 
 def simulate(

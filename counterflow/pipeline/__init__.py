@@ -1,0 +1,1 @@
+"""The pipeline: any schedule, run by one loop over segments of the model."""

@@ -1,0 +1,67 @@
+"""When each op really ran: the measured side of the picture that the simulator draws the predicted side of.
+
+On a GPU an op is bracketed by two events on the stream it is issued to, read once after the step; on a CPU by the
+clock. Waiting for another rank is not part of an op: it shows as the gap before it.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from counterflow.schedule.words import Op, Span
+
+
+class Recorder:
+    """Spans of one rank, in seconds since `zero` on the clock that all ranks of a host share."""
+
+    def __init__(self, device: torch.device, zero: float = 0.0) -> None:
+        self.device, self.zero = device, zero
+        self._marks: list[tuple[int, Op, object, object]] = []
+        self._origin, self._origin_at = None, 0.0
+        if device.type == "cuda":
+            self._origin = torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            self._origin.record()
+            torch.cuda.synchronize(device)
+            self._origin_at = time.perf_counter()
+
+    def mark(self) -> object:
+        """This moment on the device."""
+        if self._origin is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def note(self, rank: int, op: Op, start: object, end: object) -> None:
+        """An op between two marks."""
+        self._marks.append((rank, op, start, end))
+
+    def spans(self) -> list[Span]:
+        """All ops so far; waits for the device."""
+        if self._origin is not None:
+            torch.cuda.synchronize(self.device)
+        return [Span(rank, op, self._at(start), self._at(end)) for rank, op, start, end in self._marks]
+
+    def clear(self) -> None:
+        """Forget what was noted."""
+        self._marks.clear()
+
+    def _at(self, mark: object) -> float:
+        if isinstance(mark, float):
+            return mark - self.zero
+        assert isinstance(mark, torch.cuda.Event) and self._origin is not None, "marks are times or events"
+        return self._origin_at + self._origin.elapsed_time(mark) / 1e3 - self.zero
+
+
+@contextmanager
+def recorded(recorder: Recorder | None, rank: int, op: Op) -> Iterator[None]:
+    """Note an op's time, if anybody wants it."""
+    if recorder is None:
+        yield
+        return
+    start = recorder.mark()
+    yield
+    recorder.note(rank, op, start, recorder.mark())
