@@ -36,6 +36,12 @@ class NonFiniteError(CounterflowError):
     exit_code = 3
 
 
+class RankError(CounterflowError):
+    """A process of a run that died, and with it the run; names the rank and what killed it."""
+
+    exit_code = 4
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for a misspelt name: "did you mean 'x'?" or the list of what is known."""
     known = sorted(known)

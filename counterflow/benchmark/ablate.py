@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
@@ -68,7 +69,11 @@ def measure(run: RunConfig) -> dict[str, Any]:
     """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
     run = resolve(run)
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
-    trainer, start, course = Trainer(run, samples, torch.device(run.train.device)), time.perf_counter(), []
+    trainer, start, course = (
+        Trainer(run, samples, Mesh(device=torch.device(run.train.device))),
+        time.perf_counter(),
+        [],
+    )
     while trainer.sample < trainer.total:
         values = trainer.step()
         course.append(values)

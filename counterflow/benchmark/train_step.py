@@ -103,7 +103,11 @@ def _ours(setting: Setting) -> tuple[int, Callable]:
     keep_freed_memory()
     model = Transformer(replace(setting.model, num_mtp_modules=0))
     initialise(model, 0)
-    optimizer = Optimizer(model, Train(precision=setting.precision, clip_norm=CLIP_NORM), torch.device("cpu"))
+    optimizer = Optimizer(
+        list(model.named_parameters()),
+        Train(precision=setting.precision, clip_norm=CLIP_NORM),
+        torch.device("cpu"),
+    )
 
     def step(samples: Any) -> None:
         model(samples, ledger=Ledger()).total.backward()

@@ -6,6 +6,7 @@ a flag, an override and a line of TOML go one way and fail alike.
 
 import contextlib
 import io
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -36,10 +37,10 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP.format(runs=", ".join(RUNS), name=name) + settings_help(config))
         return 0
     from counterflow.cli.generate import print_sample
-    from counterflow.train.loop import train
+    from counterflow.train.launch import start
 
-    code = train(config)
-    if code == 0:
+    code = start(config, arguments)
+    if code == 0 and "RANK" not in os.environ:
         print_sample(config.folder)
     return code
 

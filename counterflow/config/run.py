@@ -156,6 +156,38 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Parallel:
+    """How a run is spread over processes; pipeline × data of them."""
+
+    pipeline: int = 1
+    """Pipeline ranks; 1: every process holds the whole model."""
+    data: int = 1
+    """Data ranks: each trains on its slice of every batch, and owns a part of the optimizer's state (ZeRO-1)."""
+    schedule: str = "dualpipe"
+    """A rule of SCHEDULES, a .txt or .csv file with a schedule, or MODULE:FUNCTION that makes one from (ranks,
+    microbatches)."""
+    stages_per_rank: int = 0
+    """Stages of each pipeline rank where the rule leaves a choice (interleaved-1f1b); 0: the rule's own."""
+    placement: str = ""
+    """What each stage holds, as in 'embed 2 | 3 head 1mtp'; empty: cut so that stages weigh alike."""
+    record_step: int = 0
+    """The step whose ops are timed for the timeline; 0: the third."""
+    restarts: int = 0
+    """How often all processes of this machine are started again from the last checkpoint when one dies."""
+
+    def __post_init__(self) -> None:
+        for name in ("pipeline", "data"):
+            _at_least(f"parallel.{name}", getattr(self, name), 1)
+        for name in ("stages_per_rank", "record_step", "restarts"):
+            _at_least(f"parallel.{name}", getattr(self, name), 0)
+
+    @property
+    def processes(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.data
+
+
+@dataclass(frozen=True)
 class Keep:
     """The run's folder: what is written there, how often, and what to do with an earlier one."""
 
@@ -190,6 +222,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: Data = field(default_factory=Data)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     keep: Keep = field(default_factory=Keep)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ micro-batches and ranks add up to the same gradient however the batch is cut. Co
 returned, not stored.
 """
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,14 +159,17 @@ class Transformer(nn.Module):
         return module(*inputs)
 
 
-def named_routers(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """(layer's name, bias) of every MoE layer in the order of `Losses.counts`."""
-    named = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
-    named += [(f"mtp.{index}", module.layer) for index, module in enumerate(model.mtp)]
-    for name, layer in named:
-        assert isinstance(layer, Layer), "the model is made of layers"
-        if layer.is_moe:
-            yield name, layer.router.bias
+def named_routers(model: Transformer) -> Iterator[tuple[int, str, Tensor]]:
+    """(row in `Losses.counts`, layer's name, bias) of every MoE layer here; a pipeline's rank lacks some."""
+    named: list[tuple[int, str, nn.Module]] = [
+        (index, f"layers.{index}", layer) for index, layer in enumerate(model.layers)
+    ]
+    for index, module in enumerate(model.mtp):
+        if isinstance(module, MtpModule):
+            named.append((len(model.layers) + index, f"mtp.{index}", module.layer))
+    for index, name, layer in named:
+        if isinstance(layer, Layer) and layer.is_moe:
+            yield index - model.config.num_dense_layers, name, layer.router.bias
 
 
 def head_loss(
@@ -227,17 +231,17 @@ class _Embed(torch.autograd.Function):
 
 
 def initialise(model: Transformer, seed: int) -> None:
-    """Normal weights, gains 1, biases 0; a function of seed and name order alone. [§4.2 start]
+    """Normal weights, gains 1, biases 0; a function of seed and name alone, whatever else is held. [§4.2 start]
 
-    Drawn in fp32 on the CPU, so that every device and precision starts from the same numbers.
+    Drawn in fp32 on the CPU, so that every device, precision and layout starts from the same numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for value in model.parameters():
+        for name, value in model.named_parameters():
             if value.dim() == 1:
                 value.fill_(1.0)
             else:
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 drawn = torch.empty(value.shape, dtype=torch.float32)
                 value.copy_(drawn.normal_(0.0, model.config.initializer_std, generator=generator))
-        for _, bias in named_routers(model):
+        for _, _, bias in named_routers(model):
             bias.zero_()

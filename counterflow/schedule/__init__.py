@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from counterflow.schedule.dual import dualpipe, dualpipev
 from counterflow.schedule.one_f_one_b import interleaved, one_f_one_b
-from counterflow.schedule.words import Kind, Schedule
+from counterflow.schedule.words import Chunk, Kind, Schedule
 from counterflow.schedule.zb1p import zb1p
 
 SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
@@ -18,10 +18,16 @@ SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
 is not allowed and what would be."""
 
 
-def forward_only(schedule: Schedule) -> Schedule:
-    """The schedule without its backward chunks: what evaluation runs."""
+def forward_only(schedule: Schedule, microbatches: int | None = None) -> Schedule:
+    """The schedule without its backward chunks, or of its first so many micro-batches: what evaluation runs."""
+    total = sum(schedule.microbatches) if microbatches is None else microbatches
+    kept = [total // schedule.pipes + (pipe < total % schedule.pipes) for pipe in range(schedule.pipes)]
+
+    def stays(chunk: Chunk) -> bool:
+        return chunk.kind is Kind.F and chunk.mb < kept[chunk.stage.pipe]
+
     rows = (
-        tuple(kept for cell in row if (kept := tuple(chunk for chunk in cell if chunk.kind is Kind.F)))
+        tuple(cell for row_cell in row if (cell := tuple(chunk for chunk in row_cell if stays(chunk))))
         for row in schedule.rows
     )
     return Schedule(f"{schedule.name}, forward only", schedule.stages, tuple(rows))

@@ -47,6 +47,8 @@ def _check_cells(schedule: Schedule) -> None:
 
 def _check_stages(schedule: Schedule) -> None:
     """Each stage of each pipe on exactly one rank, and no index beyond the pipe's."""
+    if not schedule.rank_of:
+        raise ScheduleError(f"{schedule.name}: there is nothing to do; add chunks.")
     homes: dict[StageId, int] = {}
     for rank, position, chunk in schedule.chunks():
         if chunk.stage.index >= schedule.stages:

@@ -39,7 +39,7 @@ def dualpipe(ranks: int, microbatches: int, stages_per_rank: int | None = None) 
 
 
 def dualpipev(ranks: int, microbatches: int, stages_per_rank: int | None = None) -> Schedule:
-    """A pipe of two stages per rank that runs down the ranks and back.   Fails: ScheduleError. [§3.2.1]"""
+    """A pipe of two stages per rank that runs down the ranks and back.   Fails: ScheduleError."""
     if stages_per_rank not in (None, 2):
         raise ScheduleError(f"{stages_per_rank} stages per rank; DualPipeV has two, one on each arm.")
     if ranks < 1:

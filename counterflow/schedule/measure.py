@@ -4,12 +4,14 @@ Activations are counted in stage-passes: one micro-batch's of one stage. They ar
 weight gradients still need from I to W. Parameters are counted in stages; Table 2 writes 1× for one of PP.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isclose
 from typing import NamedTuple
 
 from counterflow.schedule.simulate import Costs, makespan
 from counterflow.schedule.weave import weave
-from counterflow.schedule.words import Cell, Kind, Plan, Schedule, Span, StageId
+from counterflow.schedule.words import Cell, Chunk, Kind, Op, Plan, Schedule, Span, StageId
 
 
 class Held(NamedTuple):
@@ -26,12 +28,48 @@ class Held(NamedTuple):
 
 
 def idle(spans: Sequence[Span], ranks: int) -> list[float]:
-    """Each rank's time without a cell, of the whole makespan: the bubble."""
+    """Each rank's time without a cell, or without an op on either lane, of the whole makespan: the bubble."""
     whole = makespan(spans)
-    busy = [0.0] * ranks
+    of_rank: list[list[Span]] = [[] for _ in range(ranks)]
     for span in spans:
-        busy[span.rank] += span.end - span.start
-    return [whole - time for time in busy]
+        of_rank[span.rank].append(span)
+    return [whole - busy(some) for some in of_rank]
+
+
+def busy(spans: Iterable[Span]) -> float:
+    """The time that any of the spans covers; what runs beside another span counts once."""
+    total, until = 0.0, float("-inf")
+    for span in sorted(spans, key=lambda span: span.start):
+        total += max(0.0, span.end - max(span.start, until))
+        until = max(until, span.end)
+    return total
+
+
+def cell_seconds(measured: Sequence[Span]) -> Callable[[int, Cell], float]:
+    """What each cell of a measured run took, without the waiting inside it: for `simulate`."""
+    of_chunk: dict[tuple[int, Chunk], list[Span]] = defaultdict(list)
+    for span in measured:
+        for chunk in (span.what.chunk,) if isinstance(span.what, Op) else span.what:
+            of_chunk[span.rank, chunk].append(span)
+    return lambda rank, cell: busy(span for chunk in cell for span in of_chunk[rank, chunk])
+
+
+def mean_costs(schedule: Schedule, measured: Sequence[Span]) -> Costs:
+    """A measured run's means over all ranks and cells; W is the W ops' where they are not cells, else half of B."""
+    seconds, times = cell_seconds(measured), defaultdict[str, list[float]](list)
+    for rank, row in enumerate(schedule.rows):
+        for cell in row:
+            times["&".join(sorted(chunk.kind for chunk in cell))].append(seconds(rank, cell))
+    owed = defaultdict[tuple[int, Chunk], float](float)
+    for span in measured:
+        if isinstance(span.what, Op) and span.what.kind is Kind.W and span.what.chunk.kind is Kind.B:
+            owed[span.rank, span.what.chunk] += span.end - span.start
+    mean = {
+        kind: sum(some) / len(some) for kind, some in (times | {"owed": list(owed.values())}).items() if some
+    }
+    backward = mean.get("B", mean.get("I", 0.0) + mean.get("W", 0.0))
+    weights = min(backward, mean.get("W", mean.get("owed", backward / 2)))
+    return Costs(mean.get("F", 0.0), backward, weights, mean.get("B&F"))
 
 
 def held(schedule: Schedule, plans: Mapping[StageId, Plan] | None = None) -> list[Held]:
@@ -74,14 +112,14 @@ BUBBLES: Mapping[str, Formula] = {
     "dualpipe": lambda stages, c: (stages / 2 - 1) * (_pair(c) + c.b - 3 * c.w),
     "dualpipev": lambda stages, c: (stages / 2 - 1) * (_pair(c) + c.b - 3 * c.w),
 }
-"""Idle time of a rank by the number of stages PP; B is the whole backward. [Tab. 2]"""
+"""Idle time of a rank by the number of stages PP; B is the whole backward."""
 ACTIVATIONS: Mapping[str, Callable[[int], int]] = {
     "1f1b": lambda stages: stages,
     "zb1p": lambda stages: stages,
     "dualpipe": lambda stages: stages + 1,
     "dualpipev": lambda stages: stages + 1,
 }
-"""Peak stage-passes of the fullest rank by the number of stages PP. [Tab. 2]"""
+"""Peak stage-passes of the fullest rank by the number of stages PP."""
 
 
 def how_exact(name: str, costs: Costs) -> str:
@@ -92,9 +130,11 @@ def how_exact(name: str, costs: Costs) -> str:
     if name == "1f1b":
         return "exact"
     if name == "zb1p":
-        return "exact" if costs.w <= costs.f else "too low: exact where W <= F"
-    if inner != costs.f or costs.w > costs.f:
+        small = costs.w <= costs.f and costs.w <= inner
+        return "exact" if small else "too low: exact where W <= F and W <= B - W"
+    if not isclose(inner, costs.f) or costs.w > costs.f:
         return "approximate: exact where B - W = F and W <= F"
-    if _pair(costs) < costs.f + costs.b:
-        return "exact on the middle ranks alone, since F&B < F + B"
+    if not isclose(_pair(costs), costs.f + costs.b):
+        sign = "<" if _pair(costs) < costs.f + costs.b else ">"
+        return f"exact on the middle ranks alone, since F&B {sign} F + B"
     return "exact"

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from counterflow.errors import ScheduleError
 from counterflow.schedule.words import Cell, Chunk, Kind, Schedule, StageId
 
-WORD = re.compile(r"([FBIW])(\d+)('?)(?:@(\d+))?")
-ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+WORD = re.compile(r"([FBIW])([0-9]{1,6})('?)(?:@([0-9]{1,6}))?")
+ACTION = re.compile(r"([0-9]{1,6})([FBIW])([0-9]{1,6})")
 OVERLAP = re.compile(r"\((.*)\)OVERLAP_F_B")
 ARROW = "<--"
 
@@ -44,7 +44,7 @@ def from_text(text: str) -> Schedule:
     lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
     if not lines:
         raise ScheduleError("the schedule is empty; its first line is 'NAME, N stages'.")
-    head = re.fullmatch(r"(.+), (\d+) stages?", lines[0][1])
+    head = re.fullmatch(r"(.+), ([0-9]{1,6}) stages?", lines[0][1])
     if head is None:
         raise ScheduleError(
             f"line {lines[0][0]}: '{lines[0][1][:60]}'; the first line must be 'NAME, N stages'."
@@ -59,7 +59,7 @@ def _row(number: int, line: str) -> tuple[Cell, ...]:
     holds, colon, cells = line.partition(":")
     stages = []
     for name in holds.split():
-        match = re.fullmatch(r"(\d+)('?)", name)
+        match = re.fullmatch(r"([0-9]{1,6})('?)", name)
         if match is None:
             raise ScheduleError(f"line {number}: '{name}' is no stage; write 3, or 3' for the reverse pipe.")
         stages.append(StageId(len(match[2]), int(match[1])))

@@ -1,7 +1,7 @@
 """ZB1P (zero bubble, ZB-H1): 1F1B whose weight gradients wait until there is nothing else to do.
 
 Rank r may owe r micro-batches, so that every rank holds at most as many as rank 0 of 1F1B does, and the gradient for
-the input travels on as early as it can. [Tab. 2's second row is this schedule's.]
+the input travels on as early as it can. Table 2's second row is this schedule's.
 """
 
 from counterflow.errors import ScheduleError

@@ -13,7 +13,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from counterflow.comm.mesh import Mesh
 from counterflow.errors import CheckpointError
+from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
 WRITING, REMOVING = ".writing", ".removing"
 MANIFEST = "manifest.json"
@@ -44,8 +46,8 @@ CAUSES = {
 class Checkpoints:
     """The checkpoints of one run; the newest `keep` stay."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, mesh: Mesh | None = None) -> None:
+        self.folder, self.keep, self.mesh = folder, keep, mesh or Mesh()
 
     def path(self, step: int) -> Path:
         """Where a step's checkpoint is."""
@@ -56,27 +58,46 @@ class Checkpoints:
         found = self.folder.glob("step-*") if self.folder.is_dir() else ()
         return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit() and path.is_dir())
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write tensors and a JSON-able state; the older checkpoints are untouched until this one is whole.
+    def save(self, step: int, pieces: Mapping[str, Piece | Tensor], state: Mapping[str, Any]) -> Path:
+        """Write every rank's pieces (a tensor is one, whole) and a JSON-able state.
 
-        Fails: CheckpointError that names path, cause and remedy.
+        Older checkpoints are untouched until this one is whole. A collective. Fails, on every rank:
+        CheckpointError that names path, cause and remedy.
         """
         final = self.path(step)
         writing = final.with_name(final.name + WRITING)
-        try:
+
+        def guarded(act: Callable[[], None]) -> Callable[[], None]:
+            def acts() -> None:
+                try:
+                    act()
+                except (OSError, CheckpointException, RuntimeError) as error:
+                    if self.mesh.first:
+                        shutil.rmtree(writing, ignore_errors=True)
+                    raise CheckpointError(_why_not_written(final, error, self.steps())) from error
+
+            return acts
+
+        def prepare() -> None:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
+
+        def write() -> None:
             with _quiet():
-                dcp.save(dict(tensors), checkpoint_id=str(writing), no_dist=True)
+                alone = self.mesh.size == 1
+                dcp.save(_pieces(pieces), checkpoint_id=str(writing), planner=SavePieces(), no_dist=alone)
+
+        def finish() -> None:
             _write_manifest(writing, state)
             if final.exists():
                 _remove(final)
             writing.rename(final)
             _flush(self.folder)
-        except (OSError, CheckpointException, RuntimeError) as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise CheckpointError(_why_not_written(final, error, self.steps())) from error
-        self._tidy(step)
+            self._tidy(step)
+
+        self.mesh.first_does(guarded(prepare))
+        self.mesh.all_do(guarded(write))
+        self.mesh.first_does(guarded(finish))
         return final
 
     def _tidy(self, saved: int) -> None:
@@ -135,34 +156,41 @@ class Checkpoints:
             return f"delete {self.path(step)} to go on from step {others[-1]}."
         return f"there is no other checkpoint in {self.folder}: delete it to start anew."
 
-    def load(self, step: int, tensors: Mapping[str, Tensor], some: bool = False) -> None:
-        """Fill the tensors in place; with `some`, the checkpoint may hold more than are asked for.
+    def load(self, step: int, pieces: Mapping[str, Piece | Tensor], some: bool = False) -> None:
+        """Fill the pieces in place; with `some`, the checkpoint may hold more than are asked for.
 
-        Fails: CheckpointError if a file is not as it was written, or a tensor's name, shape or type is another.
+        Any layout's checkpoint fills any other's. A collective. Fails, on every rank: CheckpointError if a file is not
+        as it was written, or a tensor's name, size or type is another.
         """
-        self.verify(step)
-        path = self.path(step)
+        path, wanted = self.path(step), _pieces(pieces)
+        self.mesh.first_does(lambda: self.verify(step))
+        self.mesh.all_do(lambda: self._match(path, wanted, some))
+        with _quiet():
+            dcp.load(dict(wanted), checkpoint_id=str(path), planner=LoadPieces(), no_dist=True)
+
+    def _match(self, path: Path, pieces: Mapping[str, Piece], some: bool) -> None:
         saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
-        for name in sorted(set(tensors) ^ set(saved)):
-            if name in tensors:
+        for name in sorted(set(self.mesh.union(pieces)) ^ set(saved)):
+            if name not in saved:
                 raise CheckpointError(f"{path} has no tensor '{name}'; {ANOTHER_MODEL}")
             if not some:
                 raise CheckpointError(f"{path} holds '{name}', which this run lacks; {ANOTHER_MODEL}")
-        for name, tensor in tensors.items():
+        for name, piece in pieces.items():
             kept = saved[name]
             assert isinstance(kept, TensorStorageMetadata), f"'{name}' was saved as a tensor"
-            size, dtype = kept.size, kept.properties.dtype
-            if size != tensor.shape:
-                found, wanted = list(size), list(tensor.shape)
+            size, dtype = kept.size.numel(), kept.properties.dtype
+            if size != piece.total:
                 raise CheckpointError(
-                    f"{path} holds '{name}' as {found}, this model has it as {wanted}; {ANOTHER_MODEL}"
+                    f"{path} holds '{name}' with {size} elements, this model has {piece.total}; {ANOTHER_MODEL}"
                 )
-            if dtype != tensor.dtype:
+            if dtype != piece.value.dtype:
                 raise CheckpointError(
-                    f"{path} holds '{name}' in {dtype}, this model has it in {tensor.dtype}; {ANOTHER_MODEL}"
+                    f"{path} holds '{name}' in {dtype}, this model has it in {piece.value.dtype}; {ANOTHER_MODEL}"
                 )
-        with _quiet():
-            dcp.load(dict(tensors), checkpoint_id=str(path), no_dist=True)
+
+
+def _pieces(given: Mapping[str, Piece | Tensor]) -> dict[str, Piece]:
+    return {name: value if isinstance(value, Piece) else Piece.whole(value) for name, value in given.items()}
 
 
 def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:

@@ -14,61 +14,90 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+from counterflow.comm.mesh import Mesh
 from counterflow.config.load import settings, to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
 from counterflow.errors import CheckpointError, ConfigError, CounterflowError
 from counterflow.kernels.memory import keep_freed_memory
+from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
+from counterflow.plan.layout import require_batches
 from counterflow.train import lr
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Progress
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import CHECKPOINTS, RUN_TOML, TOKENIZER, run_config
+from counterflow.train.timeline import write_timeline
 from counterflow.train.trainer import Trainer
 from counterflow.units import bytes_, count, seconds
 
-FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device")
+FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device", "parallel")
 """Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
 BYTES_EACH = 16
 """Of a parameter in training: fp32 master, gradient and two moments."""
+RECORD_STEP = 3
+"""The step whose ops are timed: after the first two, which pay for warming up."""
 LN2 = 0.6931471805599453
 
 
-def train(run: RunConfig) -> int:
-    """Train a run to its end or until a signal; the exit code, 0 when it is complete."""
+def train(run: RunConfig, mesh: Mesh | None = None) -> int:
+    """Train a run to its end or until a signal; the exit code, 0 when it is complete. Every rank calls it."""
     run = resolve(run)
+    mesh = mesh or Mesh(device=torch.device(run.train.device))
     folder = Path(run.folder).expanduser().resolve()
     require_memory(run)
-    with locked(folder):
-        if run.keep.resume == "never":
-            move_aside(folder)
-        checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints)
-        step = newest_sound(checkpoints)
-        if step:
-            require_same_settings(run, folder)
-        if run.keep.resume == "must" and not step:
-            raise CheckpointError(
-                f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
-            )
-        planned = lr.total_samples(run.train, run.data.sequence_length)
-        if step and checkpoints.state(step)["sample"] >= planned:
-            print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
+    with ExitStack() as stack:
+        mesh.first_does(lambda: stack.enter_context(locked(folder)))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints, mesh)
+        step = mesh.first_does(lambda: begin(run, folder, checkpoints))
+        if step is None:
             return 0
-        samples = Samples(run.data, run.model.vocab_size, run.train.seed)
-        trainer = Trainer(run, samples, torch.device(run.train.device))
+        samples = open_samples(run, mesh)
+        trainer = Trainer(run, samples, mesh)
         already = resume(trainer, checkpoints, step, samples)
-        write_run(run, folder, step, samples)
-        introduce(trainer, folder, step)
+        mesh.first_does(lambda: write_run(run, folder, step, samples))
+        if mesh.first:
+            introduce(trainer, folder, step)
         return loop(trainer, folder, checkpoints, already)
+
+
+def begin(run: RunConfig, folder: Path, checkpoints: Checkpoints) -> int | None:
+    """The step to go on from, 0 for a start; None where the run is complete."""
+    if run.keep.resume == "never":
+        move_aside(folder)
+    step = newest_sound(checkpoints)
+    if step:
+        require_same_settings(run, folder)
+    if run.keep.resume == "must" and not step:
+        raise CheckpointError(
+            f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
+        )
+    planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_batches(run)))
+    if step and checkpoints.state(step)["sample"] >= planned:
+        print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
+        return None
+    return step
+
+
+def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
+    """The run's text; the first rank makes what is cached, the others read it."""
+    opened: list[Samples] = []
+
+    def first() -> None:
+        opened.append(Samples(run.data, run.model.vocab_size, run.train.seed))
+
+    mesh.first_does(first)
+    return opened[0] if opened else Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
 
 
 def resolve(run: RunConfig) -> RunConfig:
@@ -166,71 +195,99 @@ def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Sampl
     """Fill the trainer from a checkpoint, if there is one; seconds trained before."""
     if not step:
         return 0.0
-    state = checkpoints.state(step)
+    state = trainer.mesh.first_does(lambda: checkpoints.state(step))
     if state["fingerprint"] != samples.fingerprint:
         raise CheckpointError(
             f"{checkpoints.path(step)} was trained on other text: a source, the tokenizer or the Python version has "
             "changed. Bring the old text back, or start anew with keep.resume=never."
         )
-    tensors = trainer.tensors()
-    checkpoints.load(step, tensors)
-    trainer.loaded(state["sample"], step, tensors["rng"])
+    checkpoints.load(step, trainer.pieces())
+    trainer.loaded(state["sample"], step)
     return state["seconds"]
 
 
 def introduce(trainer: Trainer, folder: Path, step: int) -> None:
     """One line on what is about to be trained."""
     run, samples = trainer.run, trainer.samples
-    parameters = count(sum(parameter.numel() for parameter in trainer.model.parameters()))
-    length = run.data.sequence_length
+    counts, length = count_parameters(run.model), run.data.sequence_length
+    tokens, parallel, where = trainer.total * length, run.parallel, run.train.device
+    if parallel.processes > 1:
+        how = f"{parallel.schedule} over {parallel.pipeline}" if parallel.pipeline > 1 else "1"
+        where = f"{parallel.processes} {where} processes ({how} pipeline × {parallel.data} data ranks)"
     print(
-        f"{'Going on with' if step else 'Training'} {run.name}: {parameters} parameters in {run.train.precision} on "
-        f"{run.train.device}, {count(trainer.total * length)} of {count(samples.train_tokens)} tokens in "
-        f"{lr.num_steps(run.train, length)} steps{f', from step {step}' if step else ''}; {folder}/"
+        f"{'Going on with' if step else 'Training'} {run.name}: {count(counts.total + counts.mtp)} parameters in "
+        f"{run.train.precision} on {where}, {count(tokens)} tokens ({tokens / samples.train_tokens:.2g} times the "
+        f"corpus) in {lr.num_steps(run.train, length, trainer.grain)} steps{f', from step {step}' if step else ''}; "
+        f"{folder}/",
+        flush=True,
     )
 
 
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> int:
     """Steps until the end or a signal; 0, or 128 + the signal."""
+    first = trainer.mesh.first
     try:
-        stops, took = run_steps(trainer, folder, checkpoints, already)
+        stopped, took = run_steps(trainer, folder, checkpoints, already)
     except CounterflowError:
-        with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
-            write_report(folder)
+        if first:
+            with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
+                write_report(folder)
         raise
-    write_report(folder)
+    if first:
+        write_report(folder)
     if trainer.sample < trainer.total:
-        print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
-        return 128 + stops[0]
-    print(f"Trained {trainer.steps} steps in {seconds(took)}.")
+        if first:
+            print(f"Stopped at step {trainer.steps} and saved; the same command goes on from here.")
+        return 128 + stopped
+    if first:
+        print(f"Trained {trainer.steps} steps in {seconds(took)}.")
     return 0
 
 
-def run_steps(
-    trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float
-) -> tuple[list[int], float]:
-    """Step, measure and save until the end or a signal; the signals, and seconds trained, earlier ones included."""
-    keep, start = trainer.run.keep, time.perf_counter()
-    metrics, progress_bar = Metrics(folder, trainer.steps), Progress(trainer.total, trainer.sample)
-    with closing(metrics), stop_signals() as stops, progress_bar as progress:
-        while trainer.sample < trainer.total and not stops:
-            values = trainer.step()
+def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> tuple[int, float]:
+    """Step, measure and save until the end or a signal; the signal or 0, and seconds trained, earlier ones included."""
+    keep, start, mesh = trainer.run.keep, time.perf_counter(), trainer.mesh
+    stopped = 0
+    with ExitStack() as stack:
+        stops = stack.enter_context(stop_signals())
+        metrics = stack.enter_context(closing(Metrics(folder, trainer.steps))) if mesh.first else None
+        progress = stack.enter_context(Progress(trainer.total, trainer.sample)) if mesh.first else None
+        while trainer.sample < trainer.total and not stopped:
+            values = timed_step(trainer, folder)
             last = trainer.sample >= trainer.total
             if last or trainer.steps % keep.eval_every == 0:
                 values |= evaluate(trainer, None if last else keep.eval_samples)
-                progress.note(f"step {trainer.steps}: held-out {values['held_out_bpb']:.3f} bits per byte")
+                if progress:
+                    progress.note(
+                        f"step {trainer.steps}: held-out {values['held_out_bpb']:.3f} bits per byte"
+                    )
             values |= {
                 "seconds": already + time.perf_counter() - start,
                 "memory_bytes": peak_memory(trainer.device),
             }
-            if last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values:
+            if metrics and (last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values):
                 metrics.write(values)
-            progress.update(values)
-            if last or stops or trainer.steps % keep.checkpoint_every == 0:
+            if progress:
+                progress.update(values)
+            stopped = max(mesh.everyone(stops[0] if stops else 0))
+            if last or stopped or trainer.steps % keep.checkpoint_every == 0:
                 state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 state["fingerprint"] = trainer.samples.fingerprint
-                checkpoints.save(trainer.steps, trainer.tensors(), state)
-    return stops, already + time.perf_counter() - start
+                checkpoints.save(trainer.steps, trainer.pieces(), state)
+    return stopped, already + time.perf_counter() - start
+
+
+def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """One step; that of `parallel.record_step` leaves its timeline."""
+    wanted = trainer.run.parallel.record_step or RECORD_STEP
+    if trainer.pipeline is None or trainer.steps + 1 != wanted:
+        return trainer.step()
+    recorder = Recorder(trainer.device)
+    values = trainer.step(recorder)
+    spans = [span for rank in trainer.mesh.everyone(recorder.spans()) for span in rank]
+    if trainer.mesh.first and trainer.pipeline.last:
+        write_timeline(folder, *trainer.pipeline.last, spans)
+    return values
 
 
 def evaluate(trainer: Trainer, most: int | None) -> dict[str, float]:

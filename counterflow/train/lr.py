@@ -1,11 +1,13 @@
 """What changes over a run, as functions of the share of its tokens already seen: rate, λ, γ, batch.
 
 No state: a resumed run asks the same functions at the same place. The batch ramp's shape is not published; here it
-is linear in tokens, in steps of a micro-batch, and the last step is cut so that the run ends where it was planned.
+is linear in tokens, in steps that the schedule allows, and the last step is cut (or, where so few micro-batches are
+not allowed, the one before it grown) so that the run ends where it was planned.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from counterflow.config.run import Train
 
@@ -33,35 +35,46 @@ def bias_speed(train: Train, done: float) -> float:
     return train.bias_speed if done < train.bias_stop_at else 0.0
 
 
-def total_samples(train: Train, sequence_length: int) -> int:
-    """Sequences of the whole run: its tokens, rounded up to whole micro-batches."""
-    micro = train.micro_batch_size
-    return math.ceil(train.tokens / (sequence_length * micro)) * micro
+class Grain(NamedTuple):
+    """Samples that a batch is a multiple of, and the fewest it may have: what micro-batches and the schedule allow."""
+
+    multiple: int
+    least: int
 
 
-def batch_size(train: Train, sequence_length: int, sample: int) -> int:
-    """Sequences of the step that begins at global sample index `sample`; a multiple of the micro-batch."""
-    total, micro = total_samples(train, sequence_length), train.micro_batch_size
+def total_samples(train: Train, sequence_length: int, grain: Grain | None = None) -> int:
+    """Sequences of the whole run: its tokens, rounded up to what a batch may be."""
+    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
+    return max(math.ceil(train.tokens / (sequence_length * grain.multiple)) * grain.multiple, grain.least)
+
+
+def batch_size(train: Train, sequence_length: int, sample: int, grain: Grain | None = None) -> int:
+    """Sequences of the step that begins at global sample index `sample`; the last step takes what is left."""
+    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
+    total = total_samples(train, sequence_length, grain)
     batch, ramp = train.batch_size, train.batch_ramp_until * total
     if train.batch_start and sample < ramp:
         grown = train.batch_start + (train.batch_size - train.batch_start) * sample / ramp
-        batch = int(grown / micro) * micro
-    return min(batch, total - sample)
+        batch = int(grown / grain.multiple) * grain.multiple
+    left = total - sample
+    return left if left - batch < grain.least else batch
 
 
-def steps(train: Train, sequence_length: int) -> Iterator[int]:
+def steps(train: Train, sequence_length: int, grain: Grain | None = None) -> Iterator[int]:
     """The batch of every step of the run, in order."""
-    sample, total = 0, total_samples(train, sequence_length)
+    sample, total = 0, total_samples(train, sequence_length, grain)
     while sample < total:
-        batch = batch_size(train, sequence_length, sample)
+        batch = batch_size(train, sequence_length, sample, grain)
         yield batch
         sample += batch
 
 
-def num_steps(train: Train, sequence_length: int) -> int:
+def num_steps(train: Train, sequence_length: int, grain: Grain | None = None) -> int:
     """Optimizer steps of the whole run: those of the ramp one by one, the rest by division."""
-    sample, count, total = 0, 0, total_samples(train, sequence_length)
-    while train.batch_start and sample < train.batch_ramp_until * total:
-        sample += batch_size(train, sequence_length, sample)
+    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
+    sample, count, total = 0, 0, total_samples(train, sequence_length, grain)
+    while train.batch_start and sample < min(total, train.batch_ramp_until * total):
+        sample += batch_size(train, sequence_length, sample, grain)
         count += 1
-    return count + math.ceil((total - sample) / train.batch_size)
+    whole, rest = divmod(total - sample, train.batch_size)
+    return count + whole + (rest >= grain.least or (rest > 0 and not whole))

@@ -17,6 +17,7 @@ from typing import Any
 
 from counterflow.train import chart
 from counterflow.train.metrics import read
+from counterflow.train.timeline import TIMELINE
 from counterflow.units import bytes_, count, seconds
 
 STYLE = """
@@ -49,6 +50,8 @@ class Run:
     """By the step it was started or resumed from; 0 is the start."""
     settings: str
     sample: str
+    timeline: str
+    """An SVG."""
 
 
 def open_run(folder: Path) -> Run:
@@ -64,6 +67,7 @@ def open_run(folder: Path) -> Run:
         dict(sorted(_origins(folder))),
         text("run.toml"),
         text("sample.txt"),
+        text(TIMELINE),
     )
 
 
@@ -149,6 +153,16 @@ def speed(run: Run) -> str:
     return _chart("Speed and gradient", chart.speed, run, "")
 
 
+def timeline(run: Run) -> str:
+    """What the pipeline did in one step, over what the simulator predicts; nothing for one process."""
+    if not run.timeline:
+        return ""
+    return (
+        f'<h2>A step of the pipeline</h2><div>{run.timeline}</div><p class="note">F forward, I backward for input, '
+        " W backward for weights. trace.json beside this page opens in Perfetto (ui.perfetto.dev).</p>"
+    )
+
+
 def _chart(title: str, draw: Callable[[list[dict[str, Any]]], str], run: Run, note: str) -> str:
     if not run.steps:
         return ""
@@ -186,6 +200,7 @@ SECTIONS: Mapping[str, Callable[[Run], str]] = {
     "expert load": expert_load,
     "course": course,
     "speed": speed,
+    "timeline": timeline,
     "sample": sample,
     "settings": settings,
 }

@@ -40,6 +40,6 @@ def restore(folder: Path, averaged: bool = False) -> tuple[Transformer, Tokenize
         raise CheckpointError(f"{folder} kept no averaged weights; train with train.ema_decay above 0.")
     model, kind = Transformer(run.model), "ema" if averaged else "master"
     tensors = {f"{kind}.{name}": weight.data for name, weight in model.named_parameters()}
-    tensors |= {f"bias.{name}": bias for name, bias in named_routers(model)}
+    tensors |= {f"bias.{name}": bias for _, name, bias in named_routers(model)}
     kept.load(kept.steps()[-1], tensors, some=True)
     return model, load_tokenizer(folder / TOKENIZER)

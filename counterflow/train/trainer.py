@@ -1,4 +1,4 @@
-"""One training step in one process: samples in, an optimizer step out.
+"""One training step: samples in, an optimizer step out, whether the model is here or spread over ranks.
 
 A step is four lines: accumulate gradients over the micro-batches of the global batch, agree that they are finite,
 update, move the router biases. All that changes over a run (learning rate, λ, γ, batch) is a function of the share
@@ -7,79 +7,92 @@ integer. Resuming is therefore loading; there is no second path (`loop.py`).
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from counterflow.comm.mesh import Mesh
+from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
 from counterflow.errors import NonFiniteError
 from counterflow.model.balance import max_violation, step_bias
 from counterflow.model.debts import Ledger
 from counterflow.model.transformer import Transformer, initialise, named_routers
+from counterflow.pipeline.record import Recorder
+from counterflow.pipeline.stage import Sums
+from counterflow.plan.layout import require_batches
 from counterflow.train import lr
 from counterflow.train.ema import Ema
+from counterflow.train.lr import Grain
 from counterflow.train.optim import Optimizer
+from counterflow.train.piece import Piece
+from counterflow.train.pipelined import Pipelined
 
 
 @dataclass
 class Totals:
-    """Sums over the micro-batches of a step."""
+    """Sums over the micro-batches of a step, once reduced over all ranks."""
 
-    nll: list[Tensor] = field(default_factory=list)
-    """Main, then each depth, in nats over all target tokens."""
-    balance: Tensor | None = None
-    counts: Tensor | None = None
-
-    def add(self, nll: tuple[Tensor, ...], balance: Tensor, counts: Tensor) -> None:
-        """One micro-batch more."""
-        self.nll = [a + b for a, b in zip(self.nll, nll)] if self.nll else list(nll)
-        self.balance = balance if self.balance is None else self.balance + balance
-        self.counts = counts if self.counts is None else self.counts + counts
+    nll: Tensor
+    """Main, then each depth, in nats over all target tokens; fp64."""
+    balance: Tensor
+    counts: Tensor
+    """Tokens given to each expert of each MoE layer; int64."""
 
 
 class Trainer:
     """A model, its optimizer and its place in the data; `step` advances it by one global batch."""
 
-    def __init__(self, run: RunConfig, samples: Samples, device: torch.device) -> None:
-        self.run, self.samples, self.device = run, samples, device
-        torch.manual_seed(run.train.seed)
-        self.model = Transformer(run.model)
+    def __init__(self, run: RunConfig, samples: Samples, mesh: Mesh) -> None:
+        self.run, self.samples, self.mesh, self.device = run, samples, mesh, mesh.device
+        self.pipeline = Pipelined(run, mesh) if mesh.pipeline > 1 else None
+        self.model = self.pipeline.model if self.pipeline else Transformer(run.model)
         initialise(self.model, run.train.seed)
-        self.model.to(device)
+        self.model.to(self.device)
         self.model.recompute = run.train.recompute
-        self.optimizer = Optimizer(self.model, run.train, device)
+        named = list(self.model.named_parameters())
+        groups = []
+        if self.pipeline:
+            groups = self.pipeline.groups()
+        elif mesh.size > 1:
+            groups = [(mesh.group([0]), frozenset(name for name, _ in named))]
+        self.optimizer = Optimizer(named, run.train, self.device, mesh, groups)
         self.routers = list(named_routers(self.model))
-        self.ema = Ema(dict(self.optimizer.masters()), run.train.ema_decay) if run.train.ema_decay else None
+        self.masters = dict(self.optimizer.masters())
+        owned = {name: piece.value for name, piece in self.masters.items()}
+        self.ema = Ema(owned, run.train.ema_decay) if run.train.ema_decay else None
         self.sample, self.steps = 0, 0
-        self.total = lr.total_samples(run.train, run.data.sequence_length)
+        self.grain = Grain(*require_batches(run))
+        self.total = lr.total_samples(run.train, run.data.sequence_length, self.grain)
 
     @property
     def done(self) -> float:
         """Share of the run's samples already trained on."""
         return self.sample / self.total
 
-    def step(self) -> dict[str, object]:
+    def step(self, record: Recorder | None = None) -> dict[str, object]:
         """Train on the next global batch; what it measured, as metrics.jsonl has it. [§4.2 step]"""
         start, train, length = time.perf_counter(), self.run.train, self.run.data.sequence_length
-        batch = lr.batch_size(train, length, self.sample)
+        batch = lr.batch_size(train, length, self.sample, self.grain)
         mtp_weight = lr.mtp_weight(train, self.done)
-        totals = self.accumulate(batch, mtp_weight)
+        totals = self.accumulate(batch, mtp_weight, record)
+        self.optimizer.reduce()
         norm = self.optimizer.norm()
         self.require_finite(totals, norm.item())
         self.optimizer.clip(norm)
         rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
         self.optimizer.step(rate)
-        assert totals.counts is not None and totals.balance is not None, "a step has at least one micro-batch"
-        for (_, bias), counts in zip(self.routers, totals.counts):
-            step_bias(bias, counts, speed)
+        for row, _, bias in self.routers:
+            if row < len(totals.counts):
+                step_bias(bias, totals.counts[row], speed)
         if self.ema is not None:
             self.ema.update()
         self.sample += batch
         self.steps += 1
         seconds = time.perf_counter() - start
-        main, *depths = (nll.item() / (batch * length) for nll in totals.nll)
+        main, *depths = (totals.nll / (batch * length)).tolist()
         return {
             "step": self.steps,
             "samples": self.sample,
@@ -97,29 +110,54 @@ class Trainer:
             **self.load(totals.counts),
         }
 
-    def accumulate(self, batch: int, mtp_weight: float) -> Totals:
-        """Gradients, losses and counts of the next `batch` samples, summed over micro-batches."""
-        micro, length, totals = self.run.train.micro_batch_size, self.run.data.sequence_length, Totals()
-        scale = 1.0 / (batch * length)
-        for first in range(0, batch, micro):
-            samples = self.samples.train(self.sample + first, min(micro, batch - first)).to(self.device)
+    def accumulate(self, batch: int, mtp_weight: float, record: Recorder | None = None) -> Totals:
+        """Gradients here, and losses and counts of all ranks, of the next `batch` samples."""
+        if self.pipeline:
+            sums = self.pipeline.step(self.samples, self.sample, batch, mtp_weight, record)
+        else:
+            sums = self.plain(batch, mtp_weight)
+        config = self.run.model
+        depths = config.num_mtp_modules if mtp_weight else 0
+        rows = config.num_layers + depths - config.num_dense_layers
+        floats = torch.zeros(2 + depths, dtype=torch.float64, device=self.device)
+        counts = torch.zeros(rows, config.num_routed_experts, dtype=torch.int64, device=self.device)
+        for depth, nll in sums.nll.items():
+            floats[depth] = nll
+        if sums.balance:
+            floats[-1] = torch.stack(sums.balance).double().sum()
+        for index, row in sums.counts.items():
+            counts[index - config.num_dense_layers] = row
+        self.mesh.sum(floats)
+        return Totals(floats[:-1], floats[-1], self.mesh.sum(counts))
+
+    def plain(self, batch: int, mtp_weight: float) -> Sums:
+        """This data rank's slice of the batch, micro-batch by micro-batch through the whole model."""
+        micro, length, sums = self.run.train.micro_batch_size, self.run.data.sequence_length, Sums()
+        scale, each = 1.0 / (batch * length), batch // self.mesh.data
+        start = self.sample + self.mesh.data_rank * each
+        for first in range(start, start + each, micro):
+            samples = self.samples.train(first, micro).to(self.device)
             losses = self.model(samples, scale=scale, mtp_weight=mtp_weight, ledger=Ledger())
             losses.total.backward()
             self.optimizer.drain()
-            totals.add(tuple(nll.detach() for nll in losses.nll), losses.balance, losses.counts)
-        return totals
+            for depth, nll in enumerate(losses.nll):
+                sums.nll[depth] = sums.nll[depth] + nll.detach() if depth in sums.nll else nll.detach()
+            sums.balance.append(losses.balance)
+            for row, counts in enumerate(losses.counts, start=self.run.model.num_dense_layers):
+                sums.counts[row] = sums.counts[row] + counts if row in sums.counts else counts
+        return sums
 
     def load(self, counts: Tensor) -> dict[str, object]:
         """Expert load of the step by layer, and how uneven it is."""
         if not len(counts):
             return {"load": {}}
         worst = max_violation(counts)
-        load = {name: row for (name, _), row in zip(self.routers, counts.tolist())}
+        load = dict(zip(moe_names(self.run.model), counts.tolist()))
         return {"max_vio": worst.mean().item(), "max_vio_worst": worst.max().item(), "load": load}
 
     def require_finite(self, totals: Totals, norm: float) -> None:
         """Stop before the update if a loss or the gradient is NaN or infinite; nothing has been changed yet."""
-        if torch.isfinite(torch.stack(totals.nll)).all() and norm < float("inf"):
+        if torch.isfinite(totals.nll).all() and norm < float("inf"):
             return
         raise NonFiniteError(
             f"step {self.steps + 1}: {self.blame(norm)}. The checkpoints written so far are untouched. Try a lower "
@@ -127,46 +165,60 @@ class Trainer:
             "train.precision=fp32, and resume."
         )
 
-    @torch.no_grad()
     def blame(self, norm: float) -> str:
-        """The first place in forward order that is not finite; else the gradient nearest the loss that is not."""
+        """The first place, over all ranks, that is not finite."""
+        found = [text for text in self.mesh.everyone(self.blame_here()) if text]
+        return f"{found[0] if found else 'the gradient'} is not finite (norm {norm:g})"
+
+    @torch.no_grad()
+    def blame_here(self) -> str:
+        """The first weight held or output in forward order that is not finite; else the gradient nearest the loss."""
         for name, weight in self.model.named_parameters():
             if not torch.isfinite(weight).all():
-                return f"weight '{name}' is not finite"
-        samples = self.samples.train(self.sample, self.run.train.micro_batch_size).to(self.device)
-        context = self.model.context(len(samples), samples.shape[1] - 1)
-        h = self.model.embed(samples[:, :-1])
-        for index, layer in enumerate(self.model.layers):
-            h = layer(h, context).h
-            if not torch.isfinite(h).all():
-                return f"the output of layer {index} is not finite"
+                return f"weight '{name}'"
+        if not self.pipeline:
+            samples = self.samples.train(self.sample, self.run.train.micro_batch_size).to(self.device)
+            context = self.model.context(len(samples), samples.shape[1] - 1)
+            h = self.model.embed(samples[:, :-1])
+            for index, layer in enumerate(self.model.layers):
+                h = layer(h, context).h
+                if not torch.isfinite(h).all():
+                    return f"the output of layer {index}"
         gradients = dict(self.optimizer.gradients())
         in_order = [name for name, _ in self.model.named_parameters()]
         bad = [name for name in in_order if not torch.isfinite(gradients[name]).all()]
-        where = (
-            f"the gradient of '{bad[-1]}' and of {len(bad) - 1} before it" if bad else "the gradient's norm"
-        )
-        return f"{where} is not finite (norm {norm:g})"
+        return f"the gradient of '{bad[-1]}' and of {len(bad) - 1} before it" if bad else ""
 
     @torch.no_grad()
     def held_out_loss(self, count: int) -> float:
         """Mean −log p of the main model over `count` held-out samples, evenly spaced over them all; nats a token."""
-        micro, every, total = self.run.train.micro_batch_size, self.samples.num_held_out, 0.0
+        micro, every = self.run.train.micro_batch_size, self.samples.num_held_out
         places = [index * every // count for index in range(count)]
-        for first in range(0, count, micro):
-            some = [self.samples.held_out(place, 1) for place in places[first : first + micro]]
-            total += self.model(torch.cat(some).to(self.device)).nll[0].item()
-        return total / (count * self.run.data.sequence_length)
+        if self.pipeline:
+            sums = self.pipeline.held_out(self.samples, places)
+            total = sums.nll[0].double() if 0 in sums.nll else torch.zeros((), dtype=torch.float64)
+        else:
+            mine, total = places[self.mesh.data_rank :: self.mesh.data], torch.zeros((), dtype=torch.float64)
+            for first in range(0, len(mine), micro):
+                some = [self.samples.held_out(place, 1) for place in mine[first : first + micro]]
+                total += self.model(torch.cat(some).to(self.device)).nll[0].cpu()
+        return self.mesh.sum(total.to(self.device)).item() / (count * self.run.data.sequence_length)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name."""
-        kept = self.optimizer.tensors() | {f"bias.{name}": bias for name, bias in self.routers}
+    def pieces(self) -> dict[str, Piece]:
+        """All that a checkpoint keeps and this rank owns, by name."""
+        kept = self.optimizer.pieces() | {f"bias.{name}": Piece.whole(bias) for _, name, bias in self.routers}
         if self.ema is not None:
-            kept |= {f"ema.{name}": average for name, average in self.ema.averages.items()}
-        return kept | {"rng": torch.get_rng_state()}
+            averages = self.ema.averages.items()
+            kept |= {f"ema.{name}": replace(self.masters[name], value=average) for name, average in averages}
+        return kept
 
-    def loaded(self, sample: int, steps: int, rng: Tensor) -> None:
-        """Take up a place after `tensors()` have been filled from a checkpoint."""
+    def loaded(self, sample: int, steps: int) -> None:
+        """Take up a place after `pieces()` have been filled from a checkpoint."""
         self.sample, self.steps = sample, steps
-        self.optimizer.round_weights()
-        torch.set_rng_state(rng)
+        self.optimizer.loaded()
+
+
+def moe_names(config: ModelConfig) -> list[str]:
+    """The MoE layers in the order of the rows of counts."""
+    layers = [f"layers.{index}" for index in range(config.num_dense_layers, config.num_layers)]
+    return layers + [f"mtp.{index}" for index in range(config.num_mtp_modules)]

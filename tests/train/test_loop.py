@@ -235,7 +235,7 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
 
         def spoilt(self):
             if self.steps == 12:
-                dict(self.optimizer.masters())["head"].fill_(float("nan"))
+                dict(self.optimizer.masters())["head"].value.fill_(float("nan"))
             return plain(self)
 
         patch.setattr(Trainer, "step", spoilt)

@@ -1,0 +1,143 @@
+"""Who is where: ranks as pipeline × data, and the groups that sum what is held more than once.
+
+A rank's data index runs fastest, so that the ranks which will exchange tokens between experts are neighbours on a
+host. Nothing here is global: a mesh is made from a rank and two sizes, and only a mesh of several ranks asks
+torch.distributed for anything.
+"""
+
+import pickle
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from counterflow.errors import CounterflowError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that hold the same thing; `None` as handle where there is one, and nothing travels."""
+
+    ranks: tuple[int, ...]
+    index: int
+    """This rank's place among them."""
+    handle: dist.ProcessGroup | None = None
+
+    def sum(self, value: Tensor) -> None:
+        """Sum over the group, in place."""
+        if self.handle is not None:
+            dist.all_reduce(value, group=self.handle)
+
+    def gather_shards(self, flat: Tensor) -> None:
+        """Fill a flat tensor whose i-th of n equal parts the group's i-th rank has, in place."""
+        if self.handle is None:
+            return
+        shards = list(flat.chunk(len(self.ranks)))
+        if flat.is_cuda:
+            dist.all_gather(shards, shards[self.index].clone(), group=self.handle)
+            return
+        for owner, shard in zip(
+            self.ranks, shards
+        ):  # gloo gathers by copying twice; a broadcast writes in place
+            dist.broadcast(shard, owner, group=self.handle)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Pipeline × data ranks; rank = pipeline index × data + data index."""
+
+    pipeline: int = 1
+    data: int = 1
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.data
+
+    @property
+    def pipeline_rank(self) -> int:
+        """This rank's row of the schedule."""
+        return self.rank // self.data
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's slice of the batch."""
+        return self.rank % self.data
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def global_rank(self, pipeline_rank: int) -> int:
+        """The rank of another row with this rank's data."""
+        return pipeline_rank * self.data + self.data_rank
+
+    def group(self, pipeline_ranks: Iterable[int]) -> Group:
+        """The ranks of these rows with any data index. A collective: every rank asks for the same groups in order."""
+        ranks = tuple(row * self.data + index for row in sorted(pipeline_ranks) for index in range(self.data))
+        place = ranks.index(self.rank) if self.rank in ranks else -1
+        if len(ranks) == 1:
+            return Group(ranks, place)
+        handle = dist.new_group(list(ranks))
+        return Group(ranks, place, handle if isinstance(handle, dist.ProcessGroup) and place >= 0 else None)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def first_does(self, act: Callable[[], Value]) -> Value:
+        """What `act` gives on the first rank, on every rank; if it fails there, every rank fails alike."""
+        if self.size == 1:
+            return act()
+        outcome: list[object] = [None, None]
+        if self.first:
+            try:
+                outcome = [act(), None]
+            except CounterflowError as error:
+                outcome = [None, error]
+            pickle.dumps(outcome)
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[1], CounterflowError):
+            raise outcome[1]
+        return outcome[0]  # pyright: ignore[reportReturnType]
+
+    def all_do(self, act: Callable[[], Value]) -> Value:
+        """What `act` gives here; if it fails on any rank, every rank fails with the lowest rank's error."""
+        if self.size == 1:
+            return act()
+        value, error = None, None
+        try:
+            value = act()
+        except CounterflowError as found:
+            error = found
+        for found in self.everyone(error):
+            if found is not None:
+                raise found
+        return value  # pyright: ignore[reportReturnType]
+
+    def everyone(self, value: Value) -> list[Value]:
+        """The values of all ranks, by rank; they are pickled."""
+        if self.size == 1:
+            return [value]
+        every = [value] * self.size
+        dist.all_gather_object(every, value)
+        return every
+
+    def union(self, names: Iterable[str]) -> set[str]:
+        """The names of all ranks."""
+        return set().union(*self.everyone(set(names)))
