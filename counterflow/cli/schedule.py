@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +46,7 @@ class Wish:
     """For interleaved-1f1b."""
     latency: float = 0.0
     """Added where a product goes to another rank, in the unit of the costs."""
-    costs: Costs = Costs()
+    costs: Costs = field(default_factory=Costs)
     table2: bool = False
     """The report's Table 2: formula, simulation and, with --run, measurement."""
     run: str | None = None
@@ -94,7 +94,9 @@ def run(arguments: Sequence[str]) -> int:
     pictures = {one.title: one for one in found}
     drawn = {title: (one.spans, one.schedule.ranks) for title, one in pictures.items()}
     if wish.table2:
-        drawn |= _print_table2(wish)
+        if found:
+            print()
+        drawn = _print_table2(wish) or drawn
     _write_files(wish, found, drawn)
     return 0
 
@@ -109,8 +111,9 @@ def _parse(arguments: Sequence[str]) -> Wish:
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        lines = [line.strip(" │╭╮╰╯─|+-") for line in said.getvalue().splitlines()]
-        complaint = " ".join(line for line in lines if line)
+        lines = [line.strip(" │|") for line in said.getvalue().splitlines() if line[:1] not in "╭╰+"]
+        complaint = " ".join(line.strip("─- ") for line in lines if line).split(" Argument helptext")[0]
+        complaint = complaint.split(" For full helptext")[0].strip()
         raise ConfigError(
             f"{complaint or 'the words cannot be read'}; see `counterflow schedule --help`."
         ) from None
@@ -189,20 +192,13 @@ def _described(one: Simulated, wish: Wish) -> str:
     table = [["rank", "stages", "busy", "idle", "idle %", "activations", "F to I", "I to W"]]
     for rank, (wait, kept) in enumerate(zip(waits, held(schedule))):
         stages = " ".join(map(str, schedule.held(rank)))
-        row = [
-            whole - wait,
-            wait,
-            100 * wait / whole if whole else 0.0,
-            kept.activations,
-            kept.whole,
-            kept.owed,
-        ]
-        table.append([str(rank), stages, *map(_short, row)])
+        peaks = map(str, (kept.activations, kept.whole, kept.owed))
+        table.append([str(rank), stages, _short(whole - wait), _short(wait), _percent(wait, whole), *peaks])
     mean = sum(waits) / len(waits)
     lines = [to_text(schedule), picture.terminal(spans, schedule.ranks, width, colours), _aligned(table), ""]
     lines.append(
         f"{one.title}: makespan {_short(whole)}, of which a rank is idle {_short(mean)} on average "
-        f"({mean / whole if whole else 0:.1%}), simulated with {_said(one.costs, wish.latency)}."
+        f"({_percent(mean, whole)}%), simulated with {_said(one.costs, wish.latency)}."
     )
     if schedule.name in BUBBLES:
         formula = _short(BUBBLES[schedule.name](schedule.stages, one.costs))
@@ -231,7 +227,7 @@ def _compared(found: Sequence[Simulated], wish: Wish) -> str:
                 str(schedule.stages),
                 _short(whole),
                 _span_of(waits),
-                _short(100 * sum(waits) / len(waits) / whole if whole else 0.0),
+                _percent(sum(waits) / len(waits), whole),
                 _short(max(some.activations for some in kept) * one.share),
                 f"{_short(max(some.stages for some in kept) * one.share)}x",
                 "" if formula is None else _short(formula(schedule.stages, one.costs)),
@@ -306,7 +302,7 @@ def _table2(found: Sequence[Row], costs: Costs, latency: float, measured: bool) 
 
 
 def _exactness(name: str, costs: Costs, latency: float) -> str:
-    return how_exact(name, costs) + ("; it knows no latency" if latency else "")
+    return how_exact(name, costs) + ("; latency 0 is assumed" if latency else "")
 
 
 def _measured(folder: Path) -> list[Span] | None:
@@ -326,7 +322,7 @@ def _write_files(wish: Wish, found: Sequence[Simulated], drawn: dict[str, tuple[
     if wish.svg:
         if not drawn:
             raise ConfigError("--svg has nothing to draw; name a schedule.")
-        unit = "s" if "measured" in drawn and not found else ""
+        unit = "s" if "measured" in drawn else ""
         named = {title: spans for title, (spans, _) in drawn.items()}
         _write(wish.svg, picture.compare(named, {title: ranks for title, (_, ranks) in drawn.items()}, unit))
     if wish.trace:
@@ -355,6 +351,10 @@ def _span_of(values: Sequence[float] | None) -> str:
         return "-"
     least, most = _short(min(values)), _short(max(values))
     return least if least == most else f"{least} – {most}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole if whole else 0.0:.1f}"
 
 
 def _short(value: float) -> str:

@@ -134,6 +134,8 @@ def how_exact(name: str, costs: Costs) -> str:
         return "exact" if small else "too low: exact where W <= F and W <= B - W"
     if not isclose(inner, costs.f) or costs.w > costs.f:
         return "approximate: exact where B - W = F and W <= F"
+    if _pair(costs) < costs.b:
+        return "approximate: exact on the middle ranks where F&B >= B"
     if not isclose(_pair(costs), costs.f + costs.b):
         sign = "<" if _pair(costs) < costs.f + costs.b else ">"
         return f"exact on the middle ranks alone, since F&B {sign} F + B"

@@ -197,11 +197,12 @@ def _number(value: float) -> str:
 def terminal(spans: Sequence[Span], ranks: int, width: int = 100, colours: bool = False) -> str:
     """A line a rank, for ops one more for their transfers; cells too short for a column are left out."""
     first, whole = _extent(spans)
-    columns = max(1, width - len(f"{ranks - 1} ") - 1)
+    columns = max(1, width - len(f"{ranks - 1} "))
     lengths = [span.end - span.start for span in spans if span.end > span.start]
     scale = columns / whole if whole else 1.0
     if lengths and (even := math.floor(min(lengths) * scale + 1e-9)) >= 1:
         scale = even / min(lengths)  # equal cells get equally many columns
+        columns = min(columns, math.floor(whole * scale + 0.5))
     lines = []
     for rank in range(ranks):
         for place, lane in enumerate(_lanes(spans)):

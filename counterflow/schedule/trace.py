@@ -102,7 +102,7 @@ def _span(event: Mapping[str, Any]) -> Span:
     return Span(rank, Op(kind, Part(args["part"]), _count(args["layer"]), chunk), start, end)
 
 
-def _cell(kinds: str, stages: str, microbatches: str | int) -> Cell:
+def _cell(kinds: Any, stages: Any, microbatches: Any) -> Cell:
     chunks = zip(kinds.split(JOIN), stages.split(JOIN), str(microbatches).split(JOIN), strict=True)
     return tuple(Chunk(Kind(kind), _stage(stage), _count(int(mb))) for kind, stage, mb in chunks)
 

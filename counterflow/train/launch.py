@@ -81,7 +81,10 @@ def joined(run: RunConfig) -> Iterator[Mesh]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=world, timeout=TIMEOUT)
+    # A restarted group may find the same store: without a prefix of its own it would read its dead members' addresses.
+    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     yield Mesh(run.parallel.pipeline, run.parallel.data, rank, device)
     dist.destroy_process_group()
 

@@ -1,0 +1,95 @@
+"""A schedule on real processes with real sends and receives, its computation replaced by sleeps of known length.
+
+So eight ranks fit on two cores, and what is measured is the schedule: every rank's idle time beside the simulated one.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from counterflow.comm.channels import ProcessChannels
+from counterflow.comm.mesh import Mesh
+from counterflow.pipeline.execute import Executor
+from counterflow.pipeline.record import Recorder
+from counterflow.pipeline.stage import Pass, StepSettings, Sums
+from counterflow.schedule.simulate import Costs
+from counterflow.schedule.transfers import transfers
+from counterflow.schedule.words import Kind, Op, Part, Plan, Schedule, Span
+
+SHAPE = torch.Size([64, 64])
+
+
+class Sleeper:
+    """A stage of one part that sleeps instead of computing and hands on tensors of a fixed shape."""
+
+    def __init__(self, costs: Costs) -> None:
+        self.plan: Plan = ((Part.ATTN, 0),)
+        self.reads_tokens = False
+        self._costs = costs
+
+    def run(self, op: Op, state: Pass, sums: Sums) -> None:
+        """Sleep as long as the op takes."""
+        end = time.perf_counter() + self._seconds(op)
+        if op.kind is Kind.F:
+            state.h = torch.zeros(SHAPE)
+        elif op.kind is Kind.I:
+            state.grads["h"] = torch.zeros(SHAPE)
+        while (left := end - time.perf_counter()) > 0:
+            time.sleep(left)
+
+    def drain(self) -> None:
+        """Nothing was computed."""
+
+    def _seconds(self, op: Op) -> float:
+        """A whole backward gives its dx at its end, as Table 2 counts it, so its I takes all and its W nothing."""
+        costs, whole = self._costs, op.chunk.kind is Kind.B
+        return {Kind.F: costs.f, Kind.I: costs.b - costs.w * (not whole), Kind.W: costs.w * (not whole)}[op.kind]
+
+
+def measure(schedule: Schedule, costs: Costs, repeats: int) -> list[list[Span]]:
+    """The measured spans of every repeat, all ranks' together, in seconds from each repeat's first start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with mp.get_context("spawn").Manager() as manager:
+        found = manager.dict()
+        mp.spawn(_rank, (schedule, costs, repeats, port, found), nprocs=schedule.ranks)
+        return [
+            [span for rank in range(schedule.ranks) for span in found[rank, repeat]]
+            for repeat in range(repeats)
+        ]
+
+
+def _rank(rank: int, schedule: Schedule, costs: Costs, repeats: int, port: int, found: dict) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=schedule.ranks)
+    sent = transfers(schedule)
+    channels = ProcessChannels(Mesh(schedule.ranks, 1, rank), sent, torch.float32)
+    recorder = Recorder(torch.device("cpu"))
+    executor = Executor(schedule, rank, {s: Sleeper(costs) for s in schedule.held(rank)}, channels, recorder)
+    for repeat in range(repeats):
+        dist.barrier()
+        recorder.clear()
+        channels.begin(sent, lambda product: SHAPE)
+        executor.run(_no_tokens, StepSettings(1, 1, 1.0))
+        channels.end()
+        found[rank, repeat] = recorder.spans()
+    dist.destroy_process_group()
+
+
+def _no_tokens(pipe: int, mb: int) -> Tensor:
+    raise AssertionError("a sleeper reads no tokens")
+
+
+def idle_of(spans: Sequence[Span], ranks: int) -> tuple[float, list[float]]:
+    """The makespan over all ranks and each rank's idle time in it."""
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    busy = [sum(span.end - span.start for span in spans if span.rank == rank) for rank in range(ranks)]
+    return whole, [whole - time for time in busy]
