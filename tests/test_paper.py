@@ -15,8 +15,12 @@ ITEMS = [
     *paper.expand("Eq. 1-25"),
     "Fig. 2",
     "Fig. 3",
+    "Fig. 4",
+    "Fig. 5",
+    "Tab. 2",
     "§2.1.2 bias",
     "§2.1.2 node limit",
+    "§3.2.1 ZeRO-1",
     "§3.2.3 EMA",
     "§4.1 packing",
     "§4.1 FIM",
@@ -30,10 +34,7 @@ ITEMS = [
 """What is built."""
 
 LATER = {
-    "Fig. 4": "the overlap of a forward and a backward chunk: comes with schedule/weave.py",
-    "Fig. 5": "DualPipe's schedule: comes with schedule/dual.py",
     "Tab. 1": "the price of training: comes with plan/price.py",
-    "Tab. 2": "bubbles and memory of schedules: comes with schedule/measure.py",
     "Fig. 6": "the FP8 framework: model/linear.py trains in bf16 or fp32 so far",
     "Fig. 7": "FP8 quantisation and accumulation: comes with kernels for FP8",
     "Fig. 8": "needle in a haystack: comes with long-context evaluation",

@@ -16,7 +16,7 @@ import torch
 
 from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
-from counterflow.config.run import RunConfig
+from counterflow.config.run import Parallel, RunConfig
 from counterflow.data.loader import Samples
 from counterflow.train.loop import evaluate, resolve
 from counterflow.train.trainer import Trainer
@@ -67,7 +67,7 @@ def study(
 
 def measure(run: RunConfig) -> dict[str, Any]:
     """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
-    run = resolve(run)
+    run = resolve(dataclasses.replace(run, parallel=Parallel()))
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
     trainer, start, course = (
         Trainer(run, samples, Mesh(device=torch.device(run.train.device))),

@@ -23,19 +23,20 @@ from counterflow.schedule.transfers import transfers
 from counterflow.schedule.words import Kind, Op, Part, Plan, Schedule, Span
 
 SHAPE = torch.Size([64, 64])
+PLAN: Plan = ((Part.ATTN, 0),)
 
 
 class Sleeper:
     """A stage of one part that sleeps instead of computing and hands on tensors of a fixed shape."""
 
     def __init__(self, costs: Costs) -> None:
-        self.plan: Plan = ((Part.ATTN, 0),)
+        self.plan = PLAN
         self.reads_tokens = False
         self._costs = costs
 
     def run(self, op: Op, state: Pass, sums: Sums) -> None:
         """Sleep as long as the op takes."""
-        end = time.perf_counter() + self._seconds(op)
+        end = time.perf_counter() + seconds(self._costs, op)
         if op.kind is Kind.F:
             state.h = torch.zeros(SHAPE)
         elif op.kind is Kind.I:
@@ -49,7 +50,9 @@ class Sleeper:
     def _seconds(self, op: Op) -> float:
         """A whole backward gives its dx at its end, as Table 2 counts it, so its I takes all and its W nothing."""
         costs, whole = self._costs, op.chunk.kind is Kind.B
-        return {Kind.F: costs.f, Kind.I: costs.b - costs.w * (not whole), Kind.W: costs.w * (not whole)}[op.kind]
+        return {Kind.F: costs.f, Kind.I: costs.b - costs.w * (not whole), Kind.W: costs.w * (not whole)}[
+            op.kind
+        ]
 
 
 def measure(schedule: Schedule, costs: Costs, repeats: int) -> list[list[Span]]:

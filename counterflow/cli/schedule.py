@@ -63,10 +63,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Simulated:
-    """A schedule, the part of the model that one of its stages is in units of the costs' stage, and its spans."""
+    """A schedule and its spans."""
 
     schedule: Schedule
+    from_rule: bool
     share: float
+    """How much of the stage that the costs are given for one of its stages is."""
     costs: Costs
     spans: list[Span]
 
@@ -145,7 +147,7 @@ def _simulated(name: str, wish: Wish, several: bool) -> Simulated:
     schedule = check(_from_file(name) if is_file else _from_rule(name, wish, several))
     share = wish.ranks / schedule.stages if several and not is_file else 1.0
     costs = scaled(wish.costs, share)
-    return Simulated(schedule, share, costs, simulate(schedule, costs, wish.latency))
+    return Simulated(schedule, not is_file, share, costs, simulate(schedule, costs, wish.latency))
 
 
 def scaled(costs: Costs, share: float) -> Costs:
@@ -240,7 +242,7 @@ def _compared(found: Sequence[Simulated], wish: Wish) -> str:
         f"{wish.ranks} stages.",
         "Idle is per rank; activations are the fullest rank's peak, parameters its share, both in such stages.",
     ]
-    if any(one.schedule.name == "dualpipev" for one in found):
+    if any(one.from_rule and one.schedule.name == "dualpipev" for one in found):
         lines.append(
             f"dualpipev is compared at an equal number of stages, as in Table 2: {wish.ranks} stages on "
             f"{wish.ranks // 2} ranks, each with twice the work."

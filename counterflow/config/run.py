@@ -118,7 +118,7 @@ class Train:
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
     device: str = "auto"
-    """auto (cuda if there is one), cpu or cuda."""
+    """auto (cuda if there is a GPU for every process), cpu or cuda."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "tokens"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from counterflow.config.models import MODELS
-from counterflow.config.run import Data, Keep, LearningRate, RunConfig, Train
+from counterflow.config.run import Data, Keep, LearningRate, Parallel, RunConfig, Train
 
 REPORT = Train(
     tokens=14.8e12,
@@ -29,16 +29,15 @@ RUNS: Mapping[str, RunConfig] = {
         model=MODELS["tiny"],
         data=Data(sequence_length=256),
         train=Train(
-            tokens=2e6,
+            tokens=1.7e6,
             batch_size=16,
-            batch_start=8,
-            batch_ramp_until=0.1,
-            micro_batch_size=8,
+            micro_batch_size=4,
             lr=LearningRate(peak=3e-3, warmup=0.03),
             bias_speed=0.005,
             ema_decay=0.99,
             precision="auto",
         ),
+        parallel=Parallel(pipeline=2),
         keep=Keep(checkpoint_every=100, eval_every=100),
     ),
     "small": RunConfig(

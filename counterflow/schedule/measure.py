@@ -122,6 +122,10 @@ ACTIVATIONS: Mapping[str, Callable[[int], int]] = {
 """Peak stage-passes of the fullest rank by the number of stages PP."""
 
 
+def _at_most(less: float, more: float) -> bool:
+    return less <= more or isclose(less, more)
+
+
 def how_exact(name: str, costs: Costs) -> str:
     """What is known of the bubble's formula at these costs: 'exact', or in which way it is not."""
     inner = costs.b - costs.w
@@ -130,11 +134,11 @@ def how_exact(name: str, costs: Costs) -> str:
     if name == "1f1b":
         return "exact"
     if name == "zb1p":
-        small = costs.w <= costs.f and costs.w <= inner
+        small = _at_most(costs.w, costs.f) and _at_most(costs.w, inner)
         return "exact" if small else "too low: exact where W <= F and W <= B - W"
-    if not isclose(inner, costs.f) or costs.w > costs.f:
+    if not isclose(inner, costs.f) or not _at_most(costs.w, costs.f):
         return "approximate: exact where B - W = F and W <= F"
-    if _pair(costs) < costs.b:
+    if not _at_most(costs.b, _pair(costs)):
         return "approximate: exact on the middle ranks where F&B >= B"
     if not isclose(_pair(costs), costs.f + costs.b):
         sign = "<" if _pair(costs) < costs.f + costs.b else ">"

@@ -80,35 +80,50 @@ def simulate_ops(
     seconds: Callable[[int, Op], float],
     latency: float = 0.0,
 ) -> list[Span]:
-    """A span for every op on two lanes a rank; `latency` as in `simulate`."""
+    """A span for every op on two lanes a rank; `latency` as in `simulate`. A stage may have nothing to do."""
     rows = [[op for cell in row for op in weave(cell, plans)] for row in schedule.rows]
-    done: dict[tuple[Kind, Part, int, StageId, int], float] = {}
+    arrivals = _Arrivals(schedule, plans, latency)
     lanes = [dict.fromkeys(Lane, 0.0) for _ in rows]
     spans = []
-
-    def arrival(rank: int, op: Op) -> float | None:
-        """When what an op needs is there; None while that is not known yet."""
-        stage, mb, plan = op.chunk.stage, op.chunk.mb, plans[op.chunk.stage]
-        before = op_needs(op, plan)
-        if before is not None:
-            return done.get((Kind.F if op.kind is Kind.F else Kind.I, *before, stage, mb))
-        latest: float | None = 0.0
-        for product in needs(op.chunk._replace(kind=op.kind), schedule.stages):
-            maker = Chunk(Kind.F if product.what == "x" else Kind.I, product.stage, mb)
-            kind, (part, layer) = last_op(maker, plans[product.stage])
-            at = done.get((kind, part, layer, product.stage, mb))
-            away = schedule.rank_of[product.stage] != rank
-            latest = None if at is None or latest is None else max(latest, at + latency * away)
-        return latest
-
-    for rank, op in _order(rows, lambda rank, op: arrival(rank, op) is not None):
-        there = arrival(rank, op)
+    for rank, op in _order(rows, lambda rank, op: arrivals.of(rank, op) is not None):
+        there = arrivals.of(rank, op)
         assert there is not None, "the order gives ops that can start"
         begin = max(there, lanes[rank][op.lane])
         lanes[rank][op.lane] = end = begin + seconds(rank, op)
-        done[(op.kind, op.part, op.layer, op.chunk.stage, op.chunk.mb)] = end
+        arrivals.done[(op.kind, op.part, op.layer, op.chunk.stage, op.chunk.mb)] = end
         spans.append(Span(rank, op, begin, end))
     return spans
+
+
+class _Arrivals:
+    """When what ops need is there, by the ends of the ops that are done; None while that is not known yet."""
+
+    def __init__(self, schedule: Schedule, plans: Mapping[StageId, Plan], latency: float) -> None:
+        self.schedule, self.plans, self.latency = schedule, plans, latency
+        self.done: dict[tuple[Kind, Part, int, StageId, int], float] = {}
+
+    def of(self, rank: int, op: Op) -> float | None:
+        """For an op."""
+        before = op_needs(op, self.plans[op.chunk.stage])
+        if before is not None:
+            kind = Kind.F if op.kind is Kind.F else Kind.I
+            return self.done.get((kind, *before, op.chunk.stage, op.chunk.mb))
+        return self._needs_of(rank, op.chunk._replace(kind=op.kind))
+
+    def _needs_of(self, rank: int, chunk: Chunk) -> float | None:
+        latest: float | None = 0.0
+        for product in needs(chunk, self.schedule.stages):
+            at = self._made(Chunk(Kind.F if product.what == "x" else Kind.I, product.stage, chunk.mb))
+            away = self.schedule.rank_of[product.stage] != rank
+            latest = None if at is None or latest is None else max(latest, at + self.latency * away)
+        return latest
+
+    def _made(self, maker: Chunk) -> float | None:
+        """When a chunk has given what travels; one without ops hands on what it gets."""
+        if not self.plans[maker.stage]:
+            return self._needs_of(self.schedule.rank_of[maker.stage], maker)
+        kind, (part, layer) = last_op(maker, self.plans[maker.stage])
+        return self.done.get((kind, part, layer, maker.stage, maker.mb))
 
 
 def _order(rows: Sequence[Sequence[Entry]], can: Callable[[int, Entry], bool]) -> Iterator[tuple[int, Entry]]:

@@ -67,17 +67,6 @@ class Checkpoints:
         final = self.path(step)
         writing = final.with_name(final.name + WRITING)
 
-        def guarded(act: Callable[[], None]) -> Callable[[], None]:
-            def acts() -> None:
-                try:
-                    act()
-                except (OSError, CheckpointException, RuntimeError) as error:
-                    if self.mesh.first:
-                        shutil.rmtree(writing, ignore_errors=True)
-                    raise CheckpointError(_why_not_written(final, error, self.steps())) from error
-
-            return acts
-
         def prepare() -> None:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
@@ -95,10 +84,19 @@ class Checkpoints:
             _flush(self.folder)
             self._tidy(step)
 
-        self.mesh.first_does(guarded(prepare))
-        self.mesh.all_do(guarded(write))
-        self.mesh.first_does(guarded(finish))
+        self.mesh.first_does(lambda: self._guarded(prepare, final))
+        self.mesh.all_do(lambda: self._guarded(write, final))
+        self.mesh.first_does(lambda: self._guarded(finish, final))
         return final
+
+    def _guarded(self, act: Callable[[], None], final: Path) -> None:
+        """Act; what fails is said as a user can use it, and what was half written goes."""
+        try:
+            act()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            if self.mesh.first:
+                shutil.rmtree(final.with_name(final.name + WRITING), ignore_errors=True)
+            raise CheckpointError(_why_not_written(final, error, self.steps())) from error
 
     def _tidy(self, saved: int) -> None:
         """Keep the newest up to the one just saved; later ones were passed over at resuming and count for nothing."""

@@ -105,7 +105,8 @@ def resolve(run: RunConfig) -> RunConfig:
     train = run.train
     device = train.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", run.parallel.processes))
+        device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "train.device is 'cuda' and PyTorch sees no GPU; set train.device=cpu or check the driver."

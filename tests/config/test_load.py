@@ -86,7 +86,7 @@ def test_overrides_and_bases(tmp_path):
         (["model.qk_rope_head_dim=7"], "make it even"),
         (["model.num_dense_layers=5"], "more dense layers than layers"),
         (["model.balance.auxiliary=swich"], "did you mean 'switch'?"),
-        (["train.batch_size=12"], "multiples of train.micro_batch_size"),
+        (["train.batch_size=10"], "multiples of train.micro_batch_size"),
         (["train.precision=fp8"], "train.precision is 'fp8'"),
         (["train.lr.peak=0"], "train.lr.peak is 0.0; it must be above 0"),
         (["train.lr.warmup=0.9"], "must rise"),

@@ -31,7 +31,9 @@ def tip(box: ElementTree.Element) -> str:
 def lanes(text: str) -> list[list[ElementTree.Element]]:
     """The rectangles of every row, in order."""
     groups = [group for group in ElementTree.fromstring(text).iter(f"{SPACE}g") if group.get("class") == "m"]
-    return [[box for box in group.iter(f"{SPACE}rect") if "h" not in box.get("class").split()] for group in groups]
+    return [
+        [box for box in group.iter(f"{SPACE}rect") if "h" not in box.get("class").split()] for group in groups
+    ]
 
 
 @settings(max_examples=25)

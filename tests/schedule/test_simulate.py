@@ -11,7 +11,7 @@ from counterflow.schedule import SCHEDULES, forward_only
 from counterflow.schedule.relation import gives, needs
 from counterflow.schedule.simulate import Costs, makespan, simulate, simulate_ops
 from counterflow.schedule.text import from_text
-from counterflow.schedule.words import TRANSFERS, Lane, Op
+from counterflow.schedule.words import TRANSFERS, Kind, Lane, Op
 from tests.schedule.cases import cases, equal_plans, made, plans
 
 pytestmark = pytest.mark.pure
@@ -141,6 +141,24 @@ def test_fig4_transfers_no_longer_than_computation_cost_nothing(layers):
         return makespan([span for span in spans if span.rank == 0 and span.what.chunk in pair])
 
     assert time_of_pair(0.0) == time_of_pair(1.0) == time_of_pair(4.0)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+def test_a_stage_without_ops_hands_on(name):
+    """The MTP modules' stage where λ is 0: it takes no time, and its neighbours wait for each other through it."""
+    schedule = SCHEDULES[name](4, 8)
+    plan_of = equal_plans(schedule)
+    for empty in (schedule.stages - 1, 1):
+        some = {stage: () if stage.index == empty else plan for stage, plan in plan_of.items()}
+        spans = simulate_ops(schedule, some, op_cost, 0.5)
+        assert {span.what.chunk.stage.index for span in spans} == set(range(schedule.stages)) - {empty}
+        assert len({span.what.chunk.stage for span in spans}) == len(plan_of) - schedule.pipes
+        last = {span.what.chunk: span.end for span in spans if span.what.kind is Kind.F}
+        for chunk, end in last.items():
+            if empty == 1 and chunk.stage.index == 0:
+                after = chunk._replace(stage=chunk.stage._replace(index=2))
+                first = min(span.start for span in spans if span.what.chunk == after)
+                assert first >= end + 0.5
 
 
 def test_a_schedule_that_stops_says_who_knows_why():

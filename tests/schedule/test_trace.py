@@ -57,7 +57,9 @@ def test_events_are_named_for_people():
     }
     assert (dispatch["tid"], dispatch["name"], dispatch["dur"]) == (1, "DISPATCH7 I3'", 2.5e5)
     assert cell["name"] == "F4&B3'" and cell["args"] == {"kind": "F&B", "stage": "1&2'", "mb": "4&3"}
-    names = {(event["name"], event["pid"], event["tid"]): event["args"] for event in events if event["ph"] == "M"}
+    names = {
+        (event["name"], event["pid"], event["tid"]): event["args"] for event in events if event["ph"] == "M"
+    }
     assert names["process_name", 5, 0] == {"name": "rank 5"}
     assert names["thread_name", 5, 0] == {"name": "compute"}
     assert names["thread_name", 5, 1] == {"name": "all-to-all"}

@@ -1,4 +1,4 @@
-"""Cells of any unevenness become one order of issue: all ops, needs first, lanes in order, Figure 4 for equal layers."""
+"""Cells of any unevenness become one order: every op, needs first, lanes in order, Figure 4 for equal layers."""
 
 import pytest
 from hypothesis import given
@@ -55,18 +55,54 @@ def test_fig4_a_pair_of_equal_moe_layers():
         THERE: moe_layer(3) + moe_layer(4) + moe_layer(5),
     }
     both = lanes(cell_of((Kind.F, Kind.B)), plan_of)
-    assert (
-        said(both[Lane.COMPUTE])
-        == ["ATTN0(F)", "MLP5(B)", "MLP5(W)", "MLP0(F)", "ATTN5(B)", "ATTN5(W)", "ATTN1(F)", "MLP4(B)", "MLP4(W)", "MLP1(F)", "ATTN4(B)", "ATTN4(W)", "ATTN2(F)", "MLP3(B)", "MLP3(W)", "MLP2(F)", "ATTN3(B)", "ATTN3(W)"]
-    )
-    assert (
-        said(both[Lane.ALL_TO_ALL])
-        == ["COMBINE5(B)", "DISPATCH0(F)", "DISPATCH5(B)", "COMBINE0(F)", "COMBINE4(B)", "DISPATCH1(F)", "DISPATCH4(B)", "COMBINE1(F)", "COMBINE3(B)", "DISPATCH2(F)", "DISPATCH3(B)", "COMBINE2(F)"]
-    )
-    assert (
-        said(weave(cell_of((Kind.F, Kind.B)), plan_of))[:12]
-        == ["COMBINE5(B)", "ATTN0(F)", "DISPATCH0(F)", "MLP5(B)", "DISPATCH5(B)", "MLP5(W)", "MLP0(F)", "COMBINE0(F)", "ATTN5(B)", "COMBINE4(B)", "ATTN5(W)", "ATTN1(F)"]
-    )
+    assert said(both[Lane.COMPUTE]) == [
+        "ATTN0(F)",
+        "MLP5(B)",
+        "MLP5(W)",
+        "MLP0(F)",
+        "ATTN5(B)",
+        "ATTN5(W)",
+        "ATTN1(F)",
+        "MLP4(B)",
+        "MLP4(W)",
+        "MLP1(F)",
+        "ATTN4(B)",
+        "ATTN4(W)",
+        "ATTN2(F)",
+        "MLP3(B)",
+        "MLP3(W)",
+        "MLP2(F)",
+        "ATTN3(B)",
+        "ATTN3(W)",
+    ]
+    assert said(both[Lane.ALL_TO_ALL]) == [
+        "COMBINE5(B)",
+        "DISPATCH0(F)",
+        "DISPATCH5(B)",
+        "COMBINE0(F)",
+        "COMBINE4(B)",
+        "DISPATCH1(F)",
+        "DISPATCH4(B)",
+        "COMBINE1(F)",
+        "COMBINE3(B)",
+        "DISPATCH2(F)",
+        "DISPATCH3(B)",
+        "COMBINE2(F)",
+    ]
+    assert said(weave(cell_of((Kind.F, Kind.B)), plan_of))[:12] == [
+        "COMBINE5(B)",
+        "ATTN0(F)",
+        "DISPATCH0(F)",
+        "MLP5(B)",
+        "DISPATCH5(B)",
+        "MLP5(W)",
+        "MLP0(F)",
+        "COMBINE0(F)",
+        "ATTN5(B)",
+        "COMBINE4(B)",
+        "ATTN5(W)",
+        "ATTN1(F)",
+    ]
 
 
 def test_fig4_each_transfer_hides_behind_the_other_chunks_computation():
@@ -105,7 +141,7 @@ def test_lanes_of_single_chunks(kind, compute, transfers):
 
 @given(plans())
 def test_a_whole_backward_is_its_two_halves(plan):
-    both = {kind: set(op[:3] for op in ops(Chunk(kind, HERE, 0), plan)) for kind in (Kind.B, Kind.I, Kind.W)}
+    both = {kind: {op[:3] for op in ops(Chunk(kind, HERE, 0), plan)} for kind in (Kind.B, Kind.I, Kind.W)}
     assert both[Kind.B] == both[Kind.I] | both[Kind.W] and not both[Kind.I] & both[Kind.W]
     assert {op[1] for op in both[Kind.W]} <= set(OWING)
 

@@ -67,6 +67,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "keep.eval_every=10",
         "train.tokens=3072",
         "train.batch_size=4",
+        "parallel.pipeline=1",
         "train.batch_start=0",
         "train.micro_batch_size=2",
         "train.ema_decay=0.9",
