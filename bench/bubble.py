@@ -52,8 +52,8 @@ def main() -> None:
             "worst": worst,
         }
         print(
-            f"{name:17} {ranks} ranks: makespan {whole:.2f} s simulated ({by_cells:.2f} by whole cells), {mean:.2f} s measured; idle "
-            f"{statistics.mean(expected):.2f} s; worst rank off by {worst:.2%} of the makespan",
+            f"{name:17} {ranks} ranks: makespan {whole:.2f} s simulated ({by_cells:.2f} by whole cells), {mean:.2f} s "
+            f"measured; idle {statistics.mean(expected):.2f} s; worst rank off by {worst:.2%} of the makespan",
             flush=True,
         )
         if arguments.folder:

@@ -12,6 +12,8 @@ class CounterflowError(Exception):
     """A user's error: its text is all that the command line prints."""
 
     exit_code = 2
+    shared = False
+    """Whether every rank raises it, so that one need say it."""
 
 
 class ConfigError(CounterflowError):

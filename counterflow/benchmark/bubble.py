@@ -47,12 +47,11 @@ class Sleeper:
     def drain(self) -> None:
         """Nothing was computed."""
 
-    def _seconds(self, op: Op) -> float:
-        """A whole backward gives its dx at its end, as Table 2 counts it, so its I takes all and its W nothing."""
-        costs, whole = self._costs, op.chunk.kind is Kind.B
-        return {Kind.F: costs.f, Kind.I: costs.b - costs.w * (not whole), Kind.W: costs.w * (not whole)}[
-            op.kind
-        ]
+
+def seconds(costs: Costs, op: Op) -> float:
+    """Of an op. A whole backward gives its dx at its end, as Table 2 counts it: its I takes all, its W nothing."""
+    split = op.chunk.kind is not Kind.B
+    return {Kind.F: costs.f, Kind.I: costs.b - costs.w * split, Kind.W: costs.w * split}[op.kind]
 
 
 def measure(schedule: Schedule, costs: Costs, repeats: int) -> list[list[Span]]:

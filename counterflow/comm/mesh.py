@@ -113,6 +113,7 @@ class Mesh:
             pickle.dumps(outcome)
         dist.broadcast_object_list(outcome, src=0)
         if isinstance(outcome[1], CounterflowError):
+            outcome[1].shared = True
             raise outcome[1]
         return outcome[0]  # pyright: ignore[reportReturnType]
 
@@ -127,6 +128,7 @@ class Mesh:
             error = found
         for found in self.everyone(error):
             if found is not None:
+                found.shared = True
                 raise found
         return value  # pyright: ignore[reportReturnType]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, ScheduleError, nearest
+from counterflow.plan.stages import stage_plans
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.check import check
 from counterflow.schedule.text import from_csv, from_text
@@ -69,8 +70,8 @@ def allowed_microbatches(parallel: Parallel) -> tuple[int, int]:
     )
 
 
-def require_batches(run: RunConfig) -> tuple[int, int]:
-    """(multiple, least) of a batch in samples.   Fails (ConfigError) where the run's batches are not of it."""
+def require_layout(run: RunConfig) -> tuple[int, int]:
+    """(multiple, least) of a batch in samples.   Fails (ConfigError) where batches or stages do not fit the layout."""
     multiple, least = allowed_microbatches(run.parallel)
     unit = run.train.micro_batch_size * run.parallel.data
     for name in ("batch_size", "batch_start"):
@@ -85,7 +86,8 @@ def require_batches(run: RunConfig) -> tuple[int, int]:
             )
     if run.parallel.pipeline > 1:
         try:
-            schedule_of(run.parallel, run.train.batch_size // unit)
+            schedule = schedule_of(run.parallel, run.train.batch_size // unit)
         except ScheduleError as error:
             raise ConfigError(f"parallel.schedule: {error}") from None
+        stage_plans(run.model, schedule.stages, run.parallel.placement)
     return multiple * unit, least * unit

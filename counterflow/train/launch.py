@@ -7,6 +7,7 @@ torchrun or Slurm each process finds its rank in the environment and joins the o
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
@@ -21,8 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from counterflow.comm.mesh import Mesh
 from counterflow.config.run import RunConfig
-from counterflow.errors import ConfigError, RankError
-from counterflow.plan.layout import require_batches
+from counterflow.errors import ConfigError, CounterflowError, RankError
+from counterflow.plan.layout import require_layout
 from counterflow.train.loop import resolve, train
 
 PEER_LOST = 5
@@ -32,7 +33,7 @@ TIMEOUT = timedelta(minutes=30)
 
 def start(run: RunConfig, words: Sequence[str]) -> int:
     """Train a run in this process or in its own ranks, started as `counterflow train WORDS`; the exit code."""
-    require_batches(run)
+    require_layout(run)
     if "RANK" in os.environ or (
         "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     ):
@@ -47,6 +48,10 @@ def _join(run: RunConfig) -> int:
     with joined(run) as mesh:
         try:
             code = train(run, mesh)
+        except CounterflowError as error:
+            if error.shared and not mesh.first:
+                raise SystemExit(error.exit_code) from None  # the first rank says it
+            raise
         except dist.DistError as error:
             return _peer_lost(error)
         except RuntimeError as error:
@@ -137,11 +142,8 @@ def _launch(run: RunConfig, words: Sequence[str]) -> int:
 
 
 def _explain(failed: ChildFailedError, run: RunConfig) -> int:
-    """The one rank that is to blame: killed first, else stopped by an error of its own, which it has printed."""
-    failures = sorted(
-        failed.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].exitcode == PEER_LOST)
-    )
-    rank, failure = failures[0]
+    """The one rank that is to blame: killed, else stopped by an error of its own, which it has printed."""
+    rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1].exitcode))
     if failure.exitcode < 0:
         again = "the same command goes on from the last checkpoint"
         often = f" after {run.parallel.restarts} restarts" if run.parallel.restarts else ""
@@ -151,3 +153,10 @@ def _explain(failed: ChildFailedError, run: RunConfig) -> int:
             "a sender is often the system's, for memory: lower train.micro_batch_size."
         )
     return failure.exitcode
+
+
+def _blame(code: int) -> int:
+    """How little a rank with this exit code is to blame; the agent's SIGTERM ends those that did nothing."""
+    if code < 0:
+        return 3 if code == -signal.SIGTERM else 0
+    return 2 if code == PEER_LOST else 1

@@ -29,7 +29,7 @@ from counterflow.errors import CheckpointError, ConfigError, CounterflowError
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
-from counterflow.plan.layout import require_batches
+from counterflow.plan.layout import require_layout
 from counterflow.train import lr
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.lr import Grain
@@ -82,7 +82,7 @@ def begin(run: RunConfig, folder: Path, checkpoints: Checkpoints) -> int | None:
         raise CheckpointError(
             f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
         )
-    planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_batches(run)))
+    planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_layout(run)))
     if step and checkpoints.state(step)["sample"] >= planned:
         print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
         return None

@@ -22,7 +22,7 @@ from counterflow.model.debts import Ledger
 from counterflow.model.transformer import Transformer, initialise, named_routers
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Sums
-from counterflow.plan.layout import require_batches
+from counterflow.plan.layout import require_layout
 from counterflow.train import lr
 from counterflow.train.ema import Ema
 from counterflow.train.lr import Grain
@@ -64,7 +64,7 @@ class Trainer:
         owned = {name: piece.value for name, piece in self.masters.items()}
         self.ema = Ema(owned, run.train.ema_decay) if run.train.ema_decay else None
         self.sample, self.steps = 0, 0
-        self.grain = Grain(*require_batches(run))
+        self.grain = Grain(*require_layout(run))
         self.total = lr.total_samples(run.train, run.data.sequence_length, self.grain)
 
     @property

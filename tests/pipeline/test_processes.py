@@ -146,7 +146,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("parallel.pipeline=2", "train.batch_size=6"), "take 8"),
+        (("parallel.pipeline=2", "train.batch_size=7"), "take 8"),
         (("parallel.pipeline=2", "train.batch_size=2"), "at least 4: take 4"),
         (("parallel.pipeline=3",), "take 4"),
         (("parallel.pipeline=2", "parallel.schedule=dualpip"), "did you mean 'dualpipe'?"),
