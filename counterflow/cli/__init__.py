@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         print(
-            "lower train.micro_batch_size or data.sequence_length, or set train.recompute=true.",
+            "lower train.micro_batch_size or data.sequence_length, or set train.recompute=attention.",
             file=sys.stderr,
         )
         return 2

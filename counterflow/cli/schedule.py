@@ -19,6 +19,7 @@ from typing import Annotated
 import tyro
 
 from counterflow.errors import ConfigError, ScheduleError, nearest
+from counterflow.plan.layout import imported
 from counterflow.schedule import SCHEDULES, picture, trace
 from counterflow.schedule.check import check
 from counterflow.schedule.measure import BUBBLES, held, how_exact, idle
@@ -37,8 +38,8 @@ class Wish:
     """Print, check, simulate, draw and compare pipeline schedules. The defaults are the report's Figure 5."""
 
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """1f1b, interleaved-1f1b, zb1p, dualpipe, dualpipev, or a file of a schedule's text or PyTorch's .csv; several are
-    compared."""
+    """1f1b, interleaved-1f1b, zb1p, dualpipe, dualpipev, a file of a schedule's text or PyTorch's .csv, or
+    MODULE:FUNCTION; several are compared."""
     ranks: int = 8
     microbatches: int = 20
     """Of both pipes together."""
@@ -157,9 +158,12 @@ def scaled(costs: Costs, share: float) -> Costs:
 
 
 def _from_rule(name: str, wish: Wish, several: bool) -> Schedule:
+    if ":" in name:
+        return imported(name, wish.ranks, wish.microbatches)
     if name not in SCHEDULES:
         raise ConfigError(
-            f"'{name}' is no schedule; {nearest(name, SCHEDULES)} A file's name ends in {', '.join(FILES)}."
+            f"'{name}' is no schedule; {nearest(name, SCHEDULES)} A file's name ends in {', '.join(FILES)}; "
+            "a function is MODULE:FUNCTION."
         )
     ranks, per_rank = wish.ranks, wish.stages_per_rank
     if several:  # what one rule alone understands is not for the others

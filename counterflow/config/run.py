@@ -13,6 +13,7 @@ from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "fp32", "bf16")
+RECOMPUTES = ("none", "attention", "layer")
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "must", "never")
 
@@ -112,8 +113,9 @@ class Train:
     """Decay per step of the averaged weights kept on the CPU; 0 keeps none."""
     precision: str = "fp32"
     """fp32, bf16 with fp32 masters, gradients and moments, or auto: bf16 where the hardware multiplies it."""
-    recompute: bool = False
-    """Keep only each layer's input for backward and run the layer again there."""
+    recompute: str = "none"
+    """What is made again in backward instead of kept: none; attention (its norms, latents, queries, keys, values and
+    probabilities); or layer (everything but each layer's input; for one pipeline rank)."""
     seed: int = 0
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
@@ -133,6 +135,8 @@ class Train:
                 f"train.batch_start is {self.batch_start}; the ramp rises, so it must be at most "
                 f"train.batch_size, {self.batch_size}."
             )
+        if self.recompute not in RECOMPUTES:
+            raise ConfigError(f"train.recompute is '{self.recompute}'; {nearest(self.recompute, RECOMPUTES)}")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"train.precision is '{self.precision}'; {nearest(self.precision, PRECISIONS)}")
         for name in ("lr.peak", "adam_eps", "clip_norm"):

@@ -13,7 +13,7 @@ REPORT = Train(
     lr=LearningRate(warmup=0.0019),
     ema_decay=0.999,
     precision="bf16",
-    recompute=True,
+    recompute="attention",
 )
 """The report's settings [§4.2]; the EMA's decay is not published. 2K steps of warm-up are 28 billion tokens: they
 lie where the batch is still near its start."""
@@ -60,7 +60,12 @@ RUNS: Mapping[str, RunConfig] = {
         model=MODELS["v3-16b"],
         data=Data(sequence_length=4096),
         train=Train(
-            tokens=1.33e12, batch_size=4608, micro_batch_size=1, lr=V2_LITE, precision="bf16", recompute=True
+            tokens=1.33e12,
+            batch_size=4608,
+            micro_batch_size=1,
+            lr=V2_LITE,
+            precision="bf16",
+            recompute="attention",
         ),
         keep=Keep(checkpoint_every=1000, eval_every=1000),
     ),

@@ -56,7 +56,10 @@ def main_grad(weight: Tensor) -> Tensor:
 
 
 def settle_product(ledger: Ledger | None, weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dyᵀ x for the weight: returned to autograd without a ledger, else settled there (and None returned)."""
+    """dyᵀ x for the weight: returned to autograd without a ledger, else settled there (and None returned).
+
+    `weight` is the module's own, not what `saved_tensors` gives: under recomputation that is another object.
+    """
     if ledger is None:
         return (dy.t() @ x).to(weight.dtype)
     total = main_grad(weight)

@@ -73,7 +73,7 @@ class _Experts(torch.autograd.Function):
         pairs = sort_pairs(ids, len(gate_up))
         inner = grouped_matmul(x.index_select(0, pairs.rows), gate_up.transpose(1, 2), pairs.ends)
         out = grouped_matmul(swiglu(inner, gates.flatten()[pairs.slots]), down.transpose(1, 2), pairs.ends)
-        ctx.ledger = ledger
+        ctx.ledger, ctx.weights = ledger, (gate_up, down)
         ctx.save_for_backward(x, gates, gate_up, down, inner, *pairs)
         return sum_pairs(out, pairs, ids.shape)
 
@@ -86,8 +86,8 @@ class _Experts(torch.autograd.Function):
         dx = sum_pairs(grouped_matmul(dinner, gate_up, pairs.ends), pairs, gates.shape)
         assert dgates is not None, "gates were given, so their gradient comes back"
         dgates = dgates[pairs.places].view_as(gates).to(gates.dtype)
-        ddown = _settle(ctx.ledger, down, dy, pairs, z, gather_right=False)
-        dgate_up = _settle(ctx.ledger, gate_up, dinner, pairs, x, gather_right=True)
+        ddown = _settle(ctx.ledger, ctx.weights[1], dy, pairs, z, gather_right=False)
+        dgate_up = _settle(ctx.ledger, ctx.weights[0], dinner, pairs, x, gather_right=True)
         return dx, dgates, dgate_up, ddown, None, None
 
 
@@ -129,7 +129,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ledger: Ledger | None) -> Tensor:
         inner = x @ gate_up.t()
-        ctx.ledger = ledger
+        ctx.ledger, ctx.weights = ledger, (gate_up, down)
         ctx.save_for_backward(x, gate_up, down, inner)
         return swiglu(inner, None) @ down.t()
 
@@ -137,6 +137,6 @@ class _GatedMlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gate_up, down, inner = ctx.saved_tensors
         dinner, _, z = swiglu_backward(dy @ down, inner, None)
-        ddown = settle_product(ctx.ledger, down, dy, z)
-        dgate_up = settle_product(ctx.ledger, gate_up, dinner, x)
+        ddown = settle_product(ctx.ledger, ctx.weights[1], dy, z)
+        dgate_up = settle_product(ctx.ledger, ctx.weights[0], dinner, x)
         return dinner @ gate_up, dgate_up, ddown, None

@@ -23,6 +23,7 @@ from counterflow.model.debts import Ledger
 from counterflow.model.experts import Experts, GatedMlp
 from counterflow.model.linear import Linear
 from counterflow.model.mla import Attention, Norm
+from counterflow.model.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Context:
     ledger: Ledger | None = None
     sequence_scale: float = 1.0
     """1 / (sequences of the global batch): what a sequence's balance loss is seeded with."""
+    recompute: bool = False
+    """Make attention's norms, latents, queries, keys and values again in backward. The FFN's norm is kept: its output
+    is what travels to the experts."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,12 @@ class Layer(nn.Module):
 
     def attn(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
         """ATTN: attention onto the residual, the FFN's norm, and the route with its balance loss."""
-        attended = self.attention(self.attn_norm(h), context.sequences, context.rope, context.ledger)
-        h = h + attended
+
+        def attend(h: Tensor) -> Tensor:
+            return self.attention.attend(self.attn_norm(h), context.sequences, context.rope, context.ledger)
+
+        attended = recomputed(attend, h) if context.recompute else attend(h)
+        h = h + self.attention.out(attended, context.ledger)
         u = self.ffn_norm(h)
         if not self.is_moe:
             return Flow(context, h, u)

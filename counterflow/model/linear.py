@@ -25,7 +25,7 @@ class Linear(nn.Module):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, ledger: Ledger | None, fp32: bool) -> Tensor:
-        ctx.ledger, ctx.fp32 = ledger, fp32 and x.dtype == torch.bfloat16
+        ctx.ledger, ctx.fp32, ctx.weight = ledger, fp32 and x.dtype == torch.bfloat16, weight
         ctx.save_for_backward(x, weight)
         if ctx.fp32:
             return x.float() @ weight.float().t()
@@ -37,5 +37,5 @@ class _Product(torch.autograd.Function):
         dx = dy @ (weight.float() if ctx.fp32 else weight)
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = settle_product(ctx.ledger, weight, dy, x.float() if ctx.fp32 else x)
+            dweight = settle_product(ctx.ledger, ctx.weight, dy, x.float() if ctx.fp32 else x)
         return dx.to(x.dtype), dweight, None, None

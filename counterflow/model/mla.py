@@ -56,10 +56,16 @@ class Attention(nn.Module):
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
     ) -> Float[Tensor, "T D"]:
         """Attention over `sequences` sequences of equal length laid end to end."""
+        return self.out(self.attend(u, sequences, rope, ledger), ledger)
+
+    def attend(
+        self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
+    ) -> Float[Tensor, "T NV"]:
+        """The heads' outputs side by side, before they are projected."""
         q = self.queries(u, sequences, rope, ledger)
         k, v = self.keys_values(u, sequences, rope, ledger)
         o = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
-        return self.out(o.transpose(1, 2).reshape(len(u), -1), ledger)
+        return o.transpose(1, 2).reshape(len(u), -1)
 
     def queries(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None

@@ -69,11 +69,12 @@ class Transformer(nn.Module):
         self.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.mtp = nn.ModuleList(MtpModule(config, depth) for depth in range(1, config.num_mtp_modules + 1))
         self.register_buffer("rope", rope_table(config, config.max_positions), persistent=False)
-        self.recompute = False
+        self.recompute = "none"
 
     def context(self, sequences: int, length: int, **settings: Any) -> Context:
         """A pass over `sequences` sequences of `length` tokens."""
-        return Context(sequences, self.rope_for(length), self.dispatcher, **settings)
+        again = self.recompute == "attention"
+        return Context(sequences, self.rope_for(length), self.dispatcher, recompute=again, **settings)
 
     def rope_for(self, length: int) -> Complex[Tensor, "S R2"]:
         """The rotary table of the first `length` positions, on the model's device."""
@@ -152,7 +153,7 @@ class Transformer(nn.Module):
         return drafts
 
     def _run(self, module: nn.Module, *inputs: Any) -> Flow:
-        if self.recompute and torch.is_grad_enabled():
+        if self.recompute == "layer" and torch.is_grad_enabled():
             flow = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
             assert isinstance(flow, Flow), "a layer gives a Flow"
             return flow
@@ -212,7 +213,7 @@ class _HeadLoss(torch.autograd.Function):
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, ledger: Ledger | None) -> Tensor:
-        ctx.ledger = ledger
+        ctx.ledger, ctx.weight = ledger, weight
         ctx.save_for_backward(tokens, weight)
         return weight[tokens]
 
@@ -221,7 +222,7 @@ class _Embed(torch.autograd.Function):
         tokens, weight = ctx.saved_tensors
         if ctx.ledger is None:
             return None, torch.ops.aten.embedding_dense_backward(dh, tokens, len(weight), -1, False), None
-        total = main_grad(weight)
+        total = main_grad(ctx.weight)
         if total.is_cuda:  # index_add_ sums in any order there, and a run must repeat bit for bit
             wide = dh.to(total.dtype)
             total.add_(torch.ops.aten.embedding_dense_backward(wide, tokens, len(weight), -1, False))

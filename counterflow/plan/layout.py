@@ -39,21 +39,24 @@ def _made(parallel: Parallel, microbatches: int) -> Schedule:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"parallel.schedule is '{name}', which cannot be read ({error}).") from None
         return from_csv(text, Path(name).stem) if name.endswith(".csv") else from_text(text)
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ConfigError(f"parallel.schedule is '{name}'; {nearest(name, SCHEDULES)}")
+    return imported(name, parallel.pipeline, microbatches)
+
+
+def imported(name: str, ranks: int, microbatches: int) -> Schedule:
+    """The schedule that a function of the user's makes; `name` is MODULE:FUNCTION.   Fails: ConfigError."""
+    module, _, function = name.partition(":")
     try:
         rule = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"parallel.schedule is '{name}', which cannot be imported ({error}); write MODULE:FUNCTION, with the "
-            "module's folder in PYTHONPATH."
+            f"the schedule '{name}' cannot be imported ({error}); write MODULE:FUNCTION, with the module's folder in "
+            "PYTHONPATH."
         ) from None
-    schedule = rule(parallel.pipeline, microbatches)
+    schedule = rule(ranks, microbatches)
     if not isinstance(schedule, Schedule):
-        raise ConfigError(
-            f"parallel.schedule {name} gives {type(schedule).__name__}; it must give a Schedule."
-        )
+        raise ConfigError(f"the schedule '{name}' gives {type(schedule).__name__}; it must give a Schedule.")
     return schedule
 
 
@@ -85,6 +88,11 @@ def require_layout(run: RunConfig) -> tuple[int, int]:
                 "train.micro_batch_size."
             )
     if run.parallel.pipeline > 1:
+        if run.train.recompute == "layer":
+            raise ConfigError(
+                "train.recompute=layer needs one pipeline rank: in a pipeline each part of a layer has its own graph; "
+                "set train.recompute=attention."
+            )
         try:
             schedule = schedule_of(run.parallel, run.train.batch_size // unit)
         except ScheduleError as error:

@@ -45,13 +45,13 @@ def test_toml_round_trip(tmp_path_factory, name, rate, sources, yarn):
 
 def test_overrides_and_bases(tmp_path):
     run = load_run(
-        "tiny", ["train.lr.peak=1e-4", "--model.num_layers=6", "name=other", "train.recompute=true"]
+        "tiny", ["train.lr.peak=1e-4", "--model.num_layers=6", "name=other", "train.recompute=layer"]
     )
     assert (run.train.lr.peak, run.model.num_layers, run.name, run.train.recompute) == (
         1e-4,
         6,
         "other",
-        True,
+        "layer",
     )
     assert load_run("tiny", ["model=v3-16b"]).model == MODELS["v3-16b"]
     assert load_run("tiny", ["model=small", "model.num_layers=3"]).model.num_layers == 3
@@ -72,7 +72,7 @@ def test_overrides_and_bases(tmp_path):
         (["trian.tokens=1"], "did you mean 'train.tokens'?"),
         (["train.batch_size=many"], "train.batch_size is 'many'; it must be a whole number"),
         (["train.batch_size=2.5"], "must be a whole number"),
-        (["train.recompute=1"], "must be true or false"),
+        (["train.recompute=lair"], "did you mean 'layer'?"),
         (["train.lr=3"], "table of settings"),
         (["train.tokens.x=3", "train.tokens=1", "train.tokens.y=3"], "is a value, not a table"),
         (["nonsense"], "write KEY=VALUE"),

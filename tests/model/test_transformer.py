@@ -92,16 +92,44 @@ def test_microbatches_add_up_to_the_batch():
     assert torch.equal(sum(part.counts for part in parts), model(samples, mtp_weight=0.3).counts)
 
 
-def test_recomputation_changes_neither_counts_nor_gradients():
+def gradients_of(model: Transformer, samples: torch.Tensor, ledger: Ledger | None):
+    """Every weight's gradient, the counts, and the bytes kept between forward and backward."""
+    kept = {}
+    for parameter in model.parameters():
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        parameter.main_grad, parameter.grad = torch.zeros_like(parameter, dtype=wide), None
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(samples, mtp_weight=0.3, ledger=ledger)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    size = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights)
+    losses.total.backward()
+    if ledger is not None:
+        ledger.pay()
+    both = [p.main_grad if p.grad is None else p.main_grad + p.grad for p in model.parameters()]
+    return both, losses.counts, size
+
+
+@pytest.mark.parametrize("how", ["attention", "layer"])
+@pytest.mark.parametrize(
+    "ledger", [lambda: None, Ledger, lambda: Ledger(owing=True)], ids=["none", "paid", "owed"]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_recomputation_changes_neither_counts_nor_gradients_and_keeps_less(how, ledger, dtype):
     model, samples = double("three_depths")
-    plain = model(samples, mtp_weight=0.3)
-    gradients = torch.autograd.grad(plain.total, list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     bias = [buffer.clone() for buffer in model.buffers()]
-    model.recompute = True
-    again = model(samples, mtp_weight=0.3)
-    recomputed = torch.autograd.grad(again.total, list(model.parameters()))
-    assert torch.equal(plain.counts, again.counts)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed))
+    plain, counts, most = gradients_of(model, samples, ledger())
+    model.recompute = how
+    again, counts_again, less = gradients_of(model, samples, ledger())
+    assert torch.equal(counts, counts_again)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert less < (0.4 if how == "layer" else 0.8) * most
     with torch.no_grad():
         model(samples)
     assert all(torch.equal(a, b) for a, b in zip(bias, model.buffers()))
@@ -110,7 +138,7 @@ def test_recomputation_changes_neither_counts_nor_gradients():
 def test_recomputation_lets_go_of_what_a_layer_made():
     """Between forward and backward only the layers' inputs live: what was dispatched is made again."""
     model, samples = double("latent")
-    model.recompute = True
+    model.recompute = "layer"
     seen = []
     plain = model.dispatcher.dispatch
     model.dispatcher.dispatch = lambda x, route: (seen.append(weakref.ref(x)), plain(x, route))[1]
