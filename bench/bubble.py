@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     costs = Costs(arguments.unit, 2 * arguments.unit, arguments.unit)
-    rows = {}
+    rows, made = {}, provenance()
     for name in arguments.schedules:
         ranks = arguments.ranks // 2 if name == "dualpipev" else arguments.ranks
         schedule = SCHEDULES[name](ranks, arguments.microbatches)
@@ -63,7 +63,7 @@ def main() -> None:
     if arguments.folder:
         raw = {
             "settings": {k: str(v) for k, v in vars(arguments).items()},
-            "provenance": provenance(),
+            "provenance": made,
             "rows": rows,
         }
         (arguments.folder / "raw.json").write_text(json.dumps(raw, indent=1))
