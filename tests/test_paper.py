@@ -22,6 +22,7 @@ ITEMS = [
     "§2.1.2 node limit",
     "§3.2.1 ZeRO-1",
     "§3.2.3 EMA",
+    "§3.2.3 recomputation",
     "§4.1 packing",
     "§4.1 FIM",
     "§4.1 tokenizer",

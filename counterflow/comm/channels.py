@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm.clock import Mark, between, mark
 from counterflow.comm.mesh import Mesh
 from counterflow.schedule.transfers import Channel
 from counterflow.schedule.words import Product, Schedule
@@ -70,11 +71,12 @@ class ProcessChannels:
         self._waiting: dict[Channel, deque[Product]] = {}
         self._route: dict[Product, Channel] = {}
         self._shape: Shape = lambda product: torch.Size()
+        self._waits: list[tuple[Mark, Mark]] = []
 
     def begin(self, sent: Mapping[Channel, tuple[Product, ...]], shape: Shape) -> None:
         """Post the first receives of a pass over a schedule."""
         me = self.mesh.pipeline_rank
-        self._shape = shape
+        self._shape, self._waits = shape, []
         self._route = {product: channel for channel, products in sent.items() for product in products}
         self._waiting = {
             channel: deque(products) for channel, products in sent.items() if channel.receiver == me
@@ -109,9 +111,15 @@ class ProcessChannels:
     def receive(self, product: Product) -> Tensor:
         """The product, once it is here; its channel's next receive is posted."""
         work, value = self._posted.pop(product)
+        start = mark(self.mesh.device)
         work.wait()
+        self._waits.append((start, mark(self.mesh.device)))
         self._post(self._route[product])
         return value
+
+    def waited(self) -> float:
+        """Seconds that computation stood still for other ranks in the last pass: bubble and exposed transfers."""
+        return sum(between(start, end) for start, end in self._waits)
 
     def end(self) -> None:
         """Wait until all that was sent has gone."""

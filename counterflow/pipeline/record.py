@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from counterflow.comm.clock import Mark, mark
 from counterflow.schedule.words import Op, Span
 
 
@@ -18,7 +19,7 @@ class Recorder:
 
     def __init__(self, device: torch.device, zero: float = 0.0) -> None:
         self.device, self.zero = device, zero
-        self._marks: list[tuple[int, Op, object, object]] = []
+        self._marks: list[tuple[int, Op, Mark, Mark]] = []
         self._origin, self._origin_at = None, 0.0
         if device.type == "cuda":
             self._origin = torch.cuda.Event(enable_timing=True)
@@ -27,15 +28,11 @@ class Recorder:
             torch.cuda.synchronize(device)
             self._origin_at = time.perf_counter()
 
-    def mark(self) -> object:
+    def mark(self) -> Mark:
         """This moment on the device."""
-        if self._origin is None:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return mark(self.device)
 
-    def note(self, rank: int, op: Op, start: object, end: object) -> None:
+    def note(self, rank: int, op: Op, start: Mark, end: Mark) -> None:
         """An op between two marks."""
         self._marks.append((rank, op, start, end))
 
@@ -49,11 +46,11 @@ class Recorder:
         """Forget what was noted."""
         self._marks.clear()
 
-    def _at(self, mark: object) -> float:
-        if isinstance(mark, float):
-            return mark - self.zero
-        assert isinstance(mark, torch.cuda.Event) and self._origin is not None, "marks are times or events"
-        return self._origin_at + self._origin.elapsed_time(mark) / 1e3 - self.zero
+    def _at(self, moment: Mark) -> float:
+        if not isinstance(moment, torch.cuda.Event):
+            return moment - self.zero
+        assert self._origin is not None, "events are told from an origin on their device"
+        return self._origin_at + self._origin.elapsed_time(moment) / 1e3 - self.zero
 
 
 @contextmanager

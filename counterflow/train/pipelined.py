@@ -79,6 +79,11 @@ class Pipelined:
             record=record,
         )
 
+    def waited(self) -> float:
+        """Seconds that this rank stood still for others in the last pass."""
+        assert self._channels is not None, "a pass was made"
+        return self._channels.waited()
+
     def held_out(self, samples: Samples, places: Sequence[int]) -> Sums:
         """The main model's losses on held-out samples, each once: whole micro-batches first, the rest one by one."""
         micro, data = self.run.train.micro_batch_size, self.mesh.data

@@ -81,6 +81,7 @@ class Trainer:
         self.optimizer.reduce()
         norm = self.optimizer.norm()
         self.require_finite(totals, norm.item())
+        waited = self.waited()
         self.optimizer.clip(norm)
         rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
         self.optimizer.step(rate)
@@ -107,6 +108,7 @@ class Trainer:
             "batch": batch,
             "tokens_per_s": batch * length / seconds,
             "step_seconds": seconds,
+            **waited,
             **self.load(totals.counts),
         }
 
@@ -129,6 +131,14 @@ class Trainer:
             counts[index - config.num_dense_layers] = row
         self.mesh.sum(floats)
         return Totals(floats[:-1], floats[-1], self.mesh.sum(counts))
+
+    def waited(self) -> dict[str, list[float]]:
+        """Of a pipeline: seconds that each pipeline rank stood still for others in the step, data ranks averaged."""
+        if self.pipeline is None:
+            return {}
+        seconds = torch.zeros(self.mesh.pipeline, dtype=torch.float64, device=self.device)
+        seconds[self.mesh.pipeline_rank] = self.pipeline.waited() / self.mesh.data
+        return {"pipeline_wait_seconds": self.mesh.sum(seconds).tolist()}
 
     def plain(self, batch: int, mtp_weight: float) -> Sums:
         """This data rank's slice of the batch, micro-batch by micro-batch through the whole model."""

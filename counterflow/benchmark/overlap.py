@@ -1,0 +1,138 @@
+"""What of a transfer's time remains when a forward and a backward chunk hide each other's transfers, on a CPU.
+
+The executor, the segments and the model are the real ones. Two things are paced, so that the answer does not hang on
+what else a small machine does: the wire, one lane on which each transfer takes a given time after the one before it,
+and computation, whose ops are drawn out to given lengths. DualPipeV with one rank puts both ends of the model on it,
+and every micro-batch beyond the first few adds two pairs: the difference of two runs is the time of a pair.
+"""
+
+import time
+
+from torch import Tensor
+
+from counterflow.benchmark.equality import Layout, samples_of, settings_of, small_model, with_accumulators
+from counterflow.comm.channels import Links, LocalChannels
+from counterflow.comm.dispatch import Arrived, Dispatcher, Pending, Route, Value
+from counterflow.model.transformer import Transformer
+from counterflow.pipeline.execute import Executor
+from counterflow.pipeline.stage import Pass, Stage, Sums
+from counterflow.plan.stages import stage_plans
+from counterflow.schedule import SCHEDULES
+from counterflow.schedule.simulate import makespan, simulate_ops
+from counterflow.schedule.transfers import transfers
+from counterflow.schedule.weave import lanes
+from counterflow.schedule.words import TRANSFERS, Lane, Op, Plan
+
+
+class SlowWire:
+    """A dispatcher whose transfers take `seconds` each, one after another, beside whatever is computed meanwhile."""
+
+    def __init__(self, inner: Dispatcher, seconds: float, in_turn: bool = False) -> None:
+        self._inner, self._seconds, self._in_turn = inner, seconds, in_turn
+        self._free = 0.0
+        self.waited = 0.0
+        """Seconds that computation has waited for the wire."""
+
+    def dispatch(self, x: Tensor, route: Route) -> Pending[Arrived]:
+        """After its time."""
+        return self._carry(self._inner.dispatch(x, route))
+
+    def combine(self, y: Tensor, arrived: Arrived, into: Tensor) -> Pending[Tensor]:
+        """After its time."""
+        return self._carry(self._inner.combine(y, arrived, into))
+
+    def combine_backward(self, dout: Tensor, arrived: Arrived) -> Pending[Tensor]:
+        """After its time."""
+        return self._carry(self._inner.combine_backward(dout, arrived))
+
+    def dispatch_backward(
+        self, drows: Tensor, dgates: Tensor, arrived: Arrived
+    ) -> Pending[tuple[Tensor, Tensor]]:
+        """After its time."""
+        return self._carry(self._inner.dispatch_backward(drows, dgates, arrived))
+
+    def _carry(self, call: Pending[Value]) -> Pending[Value]:
+        value = call.wait()
+        self._free = deadline = max(time.perf_counter(), self._free) + self._seconds
+        pending = Pending(value, lambda: self._wait_until(deadline))
+        if self._in_turn:
+            pending.wait()
+        return pending
+
+    def _wait_until(self, deadline: float) -> None:
+        start = time.perf_counter()
+        _sleep_until(deadline)
+        self.waited += time.perf_counter() - start
+
+
+class PacedStage(Stage):
+    """A stage whose computations last `seconds` each, without the time that they wait for the wire."""
+
+    def __init__(self, model: Transformer, plan: Plan, wire: SlowWire, seconds: float) -> None:
+        super().__init__(model, plan)
+        self._wire, self._seconds = wire, seconds
+
+    def run(self, op: Op, state: Pass, sums: Sums) -> None:
+        """The op, drawn out."""
+        before, end = self._wire.waited, time.perf_counter() + self._seconds
+        super().run(op, state, sums)
+        if op.part not in TRANSFERS:
+            _sleep_until(end + self._wire.waited - before)
+
+
+def _sleep_until(deadline: float) -> None:
+    while (left := deadline - time.perf_counter()) > 0:
+        time.sleep(left)
+
+
+def pair_seconds(unit: float, wire: float, in_turn: bool = False, layers: int = 4) -> float:
+    """Seconds of a pair of chunks of `layers` / 2 MoE layers: computations of `unit` each, transfers of `wire`."""
+    few, many = (_step_seconds(unit, wire, in_turn, layers, count) for count in (3, 7))
+    return (many - few) / 8
+
+
+def pair_lanes(unit: float, wire: float, layers: int = 4) -> tuple[float, float]:
+    """Seconds of a pair's computation and of its transfers, each alone: the mean of all pairs of the schedule."""
+    schedule, plans = SCHEDULES["dualpipev"](1, 7), _plans(layers)
+    held = {stage: plans[stage.index] for stage in schedule.held(0)}
+    pairs = [lanes(cell, held) for cell in schedule.rows[0] if len(cell) > 1]
+    computed = sum(len(pair[Lane.COMPUTE]) for pair in pairs) / len(pairs)
+    moved = sum(len(pair[Lane.ALL_TO_ALL]) for pair in pairs) / len(pairs)
+    return unit * computed, wire * moved
+
+
+def pair_of(unit: float, wire: float, layers: int = 4) -> float:
+    """What the simulator says a pair takes, from the same difference of two runs."""
+    plans, spans = _plans(layers), []
+    for microbatches in (5, 9):
+        schedule = SCHEDULES["dualpipev"](1, microbatches)
+        held = {stage: plans[stage.index] for stage in schedule.held(0)}
+        spans.append(simulate_ops(schedule, held, lambda _, op: unit if op.lane is Lane.COMPUTE else wire))
+    return (makespan(spans[1]) - makespan(spans[0])) / 8
+
+
+def _plans(layers: int) -> tuple[Plan, ...]:
+    return stage_plans(_model(layers).config, 2, f"embed {layers // 2} | {layers - layers // 2} head")
+
+
+def _model(layers: int) -> Transformer:
+    return small_model(layers + 2, 0, num_dense_layers=0)
+
+
+def _step_seconds(unit: float, wire: float, in_turn: bool, layers: int, microbatches: int) -> float:
+    model = with_accumulators(_model(layers))
+    slow = SlowWire(model.dispatcher, wire, in_turn)
+    model.dispatcher = slow
+    schedule = SCHEDULES["dualpipev"](1, microbatches)
+    plans = _plans(layers)
+    stages = {stage: PacedStage(model, plans[stage.index], slow, unit) for stage in schedule.held(0)}
+    layout = Layout("dualpipev", 1, microbatches)
+    samples = samples_of(layout, model.config, 0)[0]
+    executor = Executor(schedule, 0, stages, LocalChannels(Links(schedule, transfers(schedule))))
+
+    def feed(pipe: int, mb: int) -> Tensor:
+        return samples[mb]
+
+    start = time.perf_counter()
+    executor.run(feed, settings_of(layout))
+    return time.perf_counter() - start
