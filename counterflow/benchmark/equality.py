@@ -193,11 +193,12 @@ def run_pipeline(
     return results
 
 
-def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, float]:
+def compare(layout: Layout, model: Transformer, seed: int = 0, bound: float = 0.0) -> dict[str, float]:
     """Largest difference of losses and gradients between both ways, relative to the gradient's largest; 0.0 is exact.
 
-    Fails (AssertionError) where a difference is above its bound: none for sums of equal order, else 1e-5 of the
-    largest in fp32, which some hundred roundings of 6e-8 stay far below.
+    Fails (AssertionError) where a difference is above its bound: `bound` for sums of equal order, which is 0 unless
+    the device's own sums have none; else 1e-5 of the largest in fp32, which some hundred roundings of 6e-8 stay far
+    below.
     """
     config = model.config
     parallel = Parallel(layout.ranks, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank or 0)
@@ -206,7 +207,7 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, floa
     if not layout.mtp_weight:
         plans = tuple(without_mtp(plan, config) for plan in plans)
     model.recompute = layout.recompute
-    settings, samples = settings_of(layout), samples_of(layout, config, seed)
+    settings, samples = settings_of(layout), samples_of(layout, config, seed).to(model.head.device)
     worst = {"exact": 0.0, "summed": 0.0}
     totals: dict[str, list[Tensor]] = {}
     expected: dict[str, list[Tensor]] = {}
@@ -221,9 +222,9 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, floa
         for pipe, count in enumerate(schedule.microbatches):
             gradients, sums = run_plain(model, samples[data_rank, start : start + count], settings)
             start += count
-            _compare_pipe(schedule, plans, pipe, results, gradients, sums, worst)
+            _compare_pipe(schedule, plans, pipe, results, (gradients, sums), worst, bound)
             _append(expected, gradients)
-    worst["summed"] = _compare_sums(totals, expected)
+    worst["summed"] = _compare_sums(totals, expected, bound)
     return worst
 
 
@@ -232,13 +233,15 @@ def _append(lists: dict[str, list[Tensor]], values: Gradients) -> None:
         lists.setdefault(name, []).append(value)
 
 
-def _compare_sums(totals: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> float:
+def _compare_sums(
+    totals: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]], least: float
+) -> float:
     """The largest error of the gradients summed over all that hold a weight."""
     worst = 0.0
     for name, values in totals.items():
         error = _error(torch.stack(values).sum(0), torch.stack(expected[name]).sum(0))
         worst = max(worst, error)
-        bound = 1e-5 if values[0].dtype == torch.float32 else 1e-11
+        bound = max(least, 1e-5 if values[0].dtype == torch.float32 else 1e-11)
         assert error < bound, f"the summed gradient of {name} is off by {error:.2e}"
     return worst
 
@@ -248,11 +251,12 @@ def _compare_pipe(
     plans: tuple[Plan, ...],
     pipe: int,
     results: list[RankResult],
-    gradients: Gradients,
-    sums: Sums,
+    plain: tuple[Gradients, Sums],
     worst: dict[str, float],
+    bound: float,
 ) -> None:
     """Every weight of the pipe's stages bit for bit on the rank that holds it, and the losses there."""
+    gradients, sums = plain
     for stage, rank in schedule.rank_of.items():
         if stage.pipe != pipe:
             continue
@@ -261,9 +265,8 @@ def _compare_pipe(
         for name in own:
             error = _error(mine.gradients[name], gradients[name])
             worst["exact"] = max(worst["exact"], error)
-            assert torch.equal(mine.gradients[name], gradients[name]), (
-                f"{name} at stage {stage}: off by {error:.2e}"
-            )
+            same = torch.equal(mine.gradients[name], gradients[name])
+            assert same or error < bound, f"{name} at stage {stage}: off by {error:.2e}"
         both_pipes = len(schedule.held(rank)) > 1 and schedule.pipes > 1
         for part, index in plans[stage.index]:
             if part == "HEAD" and not both_pipes:
