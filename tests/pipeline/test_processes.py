@@ -77,14 +77,18 @@ def test_four_by_two_and_back(tmp_path):
 
 
 def test_shared_experts_change_nothing(tmp_path):
-    """Experts spread over data ranks: one process's run, alone, in a pipeline, over two hops; and back again."""
+    """Experts spread over data ranks: one process's run, alone, in DualPipe, over two hops; and goes on elsewhere."""
     batch = ("train.batch_size=16", "train.tokens=2560", "keep.checkpoint_every=3", "keep.checkpoints=9")
     alone, _ = train(tmp_path, "alone", *batch)
     layouts = {
-        "flat": ("parallel.data=4", "parallel.expert=4"),
+        "flat": ("parallel.data=2", "parallel.expert=2"),
         "dual": ("parallel.pipeline=4", "parallel.data=2", "parallel.expert=2"),
-        "hops": ("parallel.data=4", "parallel.expert=4", "parallel.dispatch=two_hop", "parallel.node_ranks=2"),
-        "half": ("parallel.pipeline=2", "parallel.data=4", "parallel.expert=2", "parallel.schedule=1f1b"),
+        "hops": (
+            "parallel.data=4",
+            "parallel.expert=4",
+            "parallel.dispatch=two_hop",
+            "parallel.node_ranks=2",
+        ),
     }
     for run, layout in layouts.items():
         steps, _ = train(tmp_path, run, *batch, *layout)
