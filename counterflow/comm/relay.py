@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from counterflow.comm.dispatch import Arrived, Pending, Route
-from counterflow.comm.hop import Hop, Sent
+from counterflow.comm.hop import Hop, Sent, Traffic
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,13 @@ class Relay:
         """The tokens' gradients, summed as in combine, and their gates', each of which one rank has."""
         dx, dg = self._home(drows, arrived), self._home(dgates, arrived, gates=True)
         return Pending(lambda: (dx.wait(), dg.wait()))
+
+    def traffic(self) -> list[Traffic]:
+        """What each hop, the outermost first, has moved since this was last asked."""
+        found = [hop.traffic for hop in self.hops]
+        for hop in self.hops:
+            hop.traffic = Traffic()
+        return found
 
     def _home(
         self, rows: Tensor, arrived: Arrived, into: Tensor | None = None, gates: bool = False

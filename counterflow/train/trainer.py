@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.mesh import Mesh
+from counterflow.comm.relay import Relay
 from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
@@ -111,6 +112,7 @@ class Trainer:
             "tokens_per_s": batch * length / seconds,
             "step_seconds": seconds,
             **waited,
+            **self.traffic(),
             **self.load(totals.counts),
         }
 
@@ -141,6 +143,17 @@ class Trainer:
         seconds = torch.zeros(self.mesh.pipeline, dtype=torch.float64, device=self.device)
         seconds[self.mesh.pipeline_rank] = self.pipeline.waited() / self.mesh.data
         return {"pipeline_wait_seconds": self.mesh.sum(seconds).tolist()}
+
+    def traffic(self) -> dict[str, list[float]]:
+        """With shared experts, by hop, outermost first: bytes that left any rank, seconds a rank waited for them."""
+        if not isinstance(self.dispatcher, Relay):
+            return {}
+        hops = self.dispatcher.traffic()
+        moved = torch.tensor(
+            [[hop.bytes for hop in hops], [hop.waited() for hop in hops]], dtype=torch.float64
+        )
+        moved, waited = self.mesh.sum(moved.to(self.device)).tolist()
+        return {"dispatch_bytes": moved, "dispatch_wait_seconds": [one / self.mesh.size for one in waited]}
 
     def plain(self, batch: int, mtp_weight: float) -> Sums:
         """This data rank's slice of the batch, micro-batch by micro-batch through the whole model."""

@@ -93,6 +93,8 @@ def test_shared_experts_change_nothing(tmp_path):
     for run, layout in layouts.items():
         steps, _ = train(tmp_path, run, *batch, *layout)
         assert_same(alone, steps)
+        hops = 2 if run == "hops" else 1
+        assert all(len(s["dispatch_bytes"]) == hops and min(s["dispatch_bytes"]) > 0 for s in steps)
     for (name, a), (_, b) in zip(
         *(restore(tmp_path / run)[0].named_parameters() for run in ("dual", "alone"))
     ):
