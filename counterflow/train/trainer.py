@@ -18,7 +18,7 @@ from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
 from counterflow.errors import NonFiniteError
-from counterflow.model.balance import max_violation, step_bias
+from counterflow.model.balance import load_entropy, max_violation, step_bias
 from counterflow.model.debts import Ledger
 from counterflow.model.transformer import expert_shards, initialise, named_routers
 from counterflow.pipeline.record import Recorder
@@ -178,7 +178,13 @@ class Trainer:
             return {"load": {}}
         worst = max_violation(counts)
         load = dict(zip(moe_names(self.run.model), counts.tolist()))
-        return {"max_vio": worst.mean().item(), "max_vio_worst": worst.max().item(), "load": load}
+        return {
+            "max_vio": worst.mean().item(),
+            "max_vio_worst": worst.max().item(),
+            "load_entropy": load_entropy(counts).tolist(),
+            "dead_experts": (counts == 0).sum(-1).tolist(),
+            "load": load,
+        }
 
     def require_finite(self, totals: Totals, norm: float) -> None:
         """Stop before the update if a loss or the gradient is NaN or infinite; nothing has been changed yet."""
