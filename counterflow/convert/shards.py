@@ -25,6 +25,8 @@ from counterflow.units import bytes_
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 1 << 22
+READABLE = 0o644
+"""Of a shard: the library writes files that only their owner may read, and servers often run as another."""
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: float) -> None:
@@ -47,7 +49,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
     write()
     files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     for number, file in enumerate(files, start=1):
-        (folder / f"{number}.part").rename(folder / file)
+        (folder / f"{number}.part").rename(folder / file).chmod(READABLE)
     places = {name: file for file, names in zip(files, shards) for name in names}
     metadata = {"total_size": total, "crc32": {file: _crc(folder / file) for file in files}}
     (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": places}, indent=1))
