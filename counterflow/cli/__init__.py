@@ -17,6 +17,7 @@ VERBS: Mapping[str, str] = {
     "generate": "sample text from a trained run or an exported model",
     "export": "write a run as a folder in the released checkpoint format",
     "import": "make a run of a folder in the released checkpoint format",
+    "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
