@@ -106,7 +106,8 @@ def hide_homes(needed: list[str]) -> None:
     mount_attributes(0)
     os.umask(0o022)
     paths = {os.path.realpath(path) for path in needed}
-    homes = {os.path.realpath(path) for path in ("/root", "/home", pwd.getpwuid(os.getuid()).pw_dir)}
+    mine = [entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == os.getuid()]
+    homes = {os.path.realpath(path) for path in ("/root", "/home", *mine)}
     for home in sorted(path for path in homes if os.path.isdir(path)):
         if any(f"{home}/".startswith(f"{path}/") for path in paths) or home == "/":
             continue
