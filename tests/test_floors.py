@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "counterflow"
 FLOORS = {
     "errors": -1,
     "units": -1,
+    "progress": -1,
     "config": 0,
     "schedule": 0,
     "kernels": 1,
@@ -24,6 +25,7 @@ FLOORS = {
     "data": 2,
     "model": 3,
     "pipeline": 4,
+    "convert": 4,
     "train": 5,
     "infer": 5,
     "evaluate": 6,

@@ -8,12 +8,16 @@ import errno
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 from counterflow.errors import ConfigError, CounterflowError, nearest
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
-    "generate": "sample text from a trained run",
+    "generate": "sample text from a trained run or an exported model",
+    "export": "write a run as a folder in the released checkpoint format",
+    "import": "make a run of a folder in the released checkpoint format",
+    "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
@@ -89,7 +93,7 @@ def _call(words: list[str]) -> int:
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         raise ConfigError(f"'{verb}' is no verb; {nearest(verb, VERBS)} `counterflow --help` lists them.")
-    return import_module(f"counterflow.cli.{verb}").run(rest)
+    return import_module(f"counterflow.cli.{verb}{'_' * iskeyword(verb)}").run(rest)
 
 
 def usage() -> str:

@@ -12,10 +12,10 @@ SAMPLE_TOKENS = 120
 
 @dataclass(frozen=True)
 class Generate:
-    """Sample text from a trained run."""
+    """Sample text from a trained run or an exported model."""
 
     run: str
-    """The run's folder, such as runs/tiny, or its name."""
+    """The run's folder, such as runs/tiny, or its name; or the folder of an exported model."""
     prompt: str = ""
     """What the text goes on from; empty: the beginning of a document."""
     max_tokens: int = 200
@@ -36,10 +36,10 @@ def run(arguments: Sequence[str]) -> int:
 def generate(wish: Generate) -> str:
     """Print prompt and text as they come; the text."""
     from counterflow.infer.sample import sample_tokens
-    from counterflow.train.restore import restore
+    from counterflow.train.restore import folder_of, model_of
 
-    model, tokenizer = restore(_folder(wish.run), averaged=wish.averaged)
-    prompt = [tokenizer.eos, *tokenizer.encode(wish.prompt)]
+    model, tokenizer = model_of(folder_of(wish.run), wish.averaged)
+    prompt = [tokenizer.bos, *tokenizer.encode(wish.prompt)]
     tokens: list[int] = []
     shown = tokenizer.decode(prompt)
     print(shown, end="", flush=True)
@@ -63,7 +63,3 @@ def print_sample(folder: str) -> None:
     text = generate(Generate(run=folder, prompt=SAMPLE_PROMPT, max_tokens=SAMPLE_TOKENS))
     (Path(folder) / "sample.txt").write_text(text, encoding="utf-8")
     print(f"\nThe run's page: {write_report(Path(folder))}")
-
-
-def _folder(run: str) -> Path:
-    return Path(run) if Path(run).exists() or "/" in run else Path("runs") / run

@@ -24,7 +24,8 @@ Train a model. RUN is a named run ({runs}; default tiny) or a .toml file; settin
   counterflow train tiny train.tokens=1e6 model.num_layers=6
   counterflow train my.toml --data.sources 'texts/*.txt' --keep.folder runs/mine
 
-`model=NAME` takes another named model, `model=PATH/config.json` a released one. The run is kept in runs/NAME; started
+`model=NAME` takes another named model, `model=PATH/config.json` a released one; `--from PATH` starts from the weights,
+model and tokenizer of a run or an exported folder. The run is kept in runs/NAME; started
 again it goes on from its last checkpoint (keep.resume=never starts anew). Settings of '{name}':
 """
 

@@ -28,7 +28,8 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `name` (of RUNS) or a TOML file describes, with overrides such as "train.lr.peak=1e-3".
 
     In TOML, `base = "tiny"` starts from a named run and `model.base = "small"` from a named model; `model`
-    may also be a name or the path of a released config.json, in TOML as in an override.
+    may also be a name or the path of a released config.json or of a run.toml, in TOML as in an override. `from` names
+    a run or an exported model to start from.
     """
     tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
     for override in overrides:
@@ -39,9 +40,28 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     return run_of(tree)
 
 
+def _start_from(tree: dict[str, Any], given: str) -> None:
+    """`from = PATH`: model, tokenizer and weights of a run's or an exported folder, unless said otherwise."""
+    folder = Path(given) if Path(given).exists() or "/" in given else Path("runs") / given
+    described = next(
+        (folder / name for name in ("run.toml", "config.json") if (folder / name).is_file()), None
+    )
+    if described is None:
+        raise ConfigError(
+            f"from is '{given}', and {folder} has neither run.toml nor config.json; give a run's folder or an "
+            "exported one."
+        )
+    model = tree.get("model", {})
+    tree["model"] = {"base": str(described)} | ({"base": model} if isinstance(model, str) else dict(model))
+    tree["train"] = {"start_from": given} | dict(tree.get("train", {}))
+    tree["data"] = {"tokenizer": str(folder / "tokenizer.json")} | dict(tree.get("data", {}))
+
+
 def run_of(tree: Mapping[str, Any]) -> RunConfig:
     """A RunConfig from nested settings."""
     tree = dict(tree)
+    if "from" in tree:
+        _start_from(tree, str(tree.pop("from")))
     base = tree.pop("base", None)
     start = RunConfig(name="run", model=MODELS["tiny"]) if base is None else _named(base, RUNS, "run")
     if "model" in tree:
@@ -70,7 +90,11 @@ def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]
     base = rest.pop("base", None)
     if base is None:
         return model, rest
-    return (read_released(Path(base)) if str(base).endswith(".json") else _named(base, MODELS, "model")), rest
+    if str(base).endswith(".json"):
+        return read_released(Path(base)), rest
+    if str(base).endswith(".toml"):
+        return load_run(str(base)).model, rest
+    return _named(base, MODELS, "model"), rest
 
 
 def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:

@@ -61,15 +61,15 @@ YARN_NAMES: Mapping[str, str] = {
 }
 
 
-def to_released(config: ModelConfig) -> dict[str, Any]:
-    """Every key that transformers, vLLM and SGLang look for."""
+def to_released(config: ModelConfig, bos: int = 0, eos: int = 0) -> dict[str, Any]:
+    """Every key that transformers, vLLM and SGLang look for; the tokens that begin and end a document by id."""
     released: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     released |= FIXED
     released |= {
         "architectures": ["DeepseekV3ForCausalLM"],
         "aux_loss_alpha": config.balance.sequence_alpha,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
         "initializer_range": config.initializer_std,
         "num_key_value_heads": config.num_heads,
         "num_nextn_predict_layers": config.num_mtp_modules,

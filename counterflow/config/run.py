@@ -117,6 +117,9 @@ class Train:
     recompute: str = "none"
     """What is made again in backward instead of kept: none; attention (its norms, latents, queries, keys, values and
     probabilities); or layer (everything but each layer's input; for one pipeline rank)."""
+    start_from: str = ""
+    """A run's folder or an exported one whose weights training starts from; empty: random ones. `--from PATH` also
+    takes model and tokenizer from there."""
     seed: int = 0
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""

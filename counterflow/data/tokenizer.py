@@ -34,6 +34,8 @@ SPLITS = (
 )
 """DeepSeek-V3's pre-tokenizer (tokenizer.json of the release), applied one after the other."""
 EOS = ("<|eos_token|>", "<｜end▁of▁sentence｜>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+BOS = ("<|bos_token|>", "<｜begin▁of▁sentence｜>", "<|begin_of_text|>", "<s>", "<bos>")
+"""A vocabulary without one begins a document after the end of the one before."""
 FIM_BEGIN = ("<|fim_begin|>", "<｜fim▁begin｜>")
 FIM_HOLE = ("<|fim_hole|>", "<｜fim▁hole｜>")
 FIM_END = ("<|fim_end|>", "<｜fim▁end｜>")
@@ -63,6 +65,8 @@ class Tokenizer:
     size: int
     """One more than the largest id."""
     eos: int
+    bos: int
+    """What a document follows: a beginning token, or the end of the document before."""
     fim: Fim | None
     pad: int | None
     hash: str
@@ -159,7 +163,9 @@ def load(path: Path) -> Tokenizer:
     begin, hole, end = (_first(vocabulary, names) for names in (FIM_BEGIN, FIM_HOLE, FIM_END))
     fim = None if begin is None or hole is None or end is None else Fim(begin, hole, end)
     digest = blake2b(bpe.to_str().encode(), digest_size=16).hexdigest()
-    return Tokenizer(bpe, max(vocabulary.values()) + 1, eos, fim, _first(vocabulary, PAD), digest)
+    bos = _first(vocabulary, BOS)
+    bos = eos if bos is None else bos
+    return Tokenizer(bpe, max(vocabulary.values()) + 1, eos, bos, fim, _first(vocabulary, PAD), digest)
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int, name: str) -> Tokenizer:

@@ -3,10 +3,11 @@
 One list of entries says for every parameter here which released tensors it is made of and how: as it is,
 stacked over experts, or two halves side by side. Reading and writing walk the same list, so they cannot
 disagree. MTP module k stands at `model.layers.{num_layers + k}` and carries copies of embedding and head,
-written from the shared ones and, on reading, required to equal them.
+written from the shared ones and, on reading, required to equal them. What is written are views of the model's own
+tensors, so reading is copying into the same views.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from counterflow.config.model import ModelConfig
 from counterflow.errors import CheckpointError
 from counterflow.model.transformer import Transformer
+from counterflow.progress import watched
 
 EXPERT_PARTS = (("gate_proj", "up_proj"), ("down_proj",))
 
@@ -85,7 +87,7 @@ def _gated(ours: str, prefixes: list[str], stacked: bool = False) -> Iterator[En
 
 
 def to_released(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model under its released name; views where the layout allows."""
+    """Every tensor of the model under its released name; views of the model's own."""
     mine = dict(model.state_dict())
     for entry in entries(model.config):
         blocks = mine[entry.name] if entry.stacked else mine[entry.name][None]
@@ -96,50 +98,64 @@ def to_released(model: Transformer) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_released(model: Transformer, read: Callable[[str], Tensor], names: set[str]) -> None:
-    """Fill the model from released tensors: `names` are there, `read` gives one.
+def load_released(
+    model: Transformer, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
+) -> None:
+    """Fill the model from released tensors, read one by one in the order of `shapes`.
 
-    Fails (CheckpointError) with the tensor's name where one is missing, of another shape, or left over. MTP
-    copies of embedding and head may be missing, but may not differ.   Cost: one tensor at a time in memory
+    Fails (CheckpointError) before anything is read, with the tensor's name, where one is missing, of another shape or
+    left over. MTP copies of embedding and head may be missing, but may not differ.   Cost: one tensor at a time
     beside the model.
     """
-    mine, left = dict(model.state_dict()), set(names)
-    for entry in entries(model.config):
-        target = mine[entry.name] if entry.stacked else mine[entry.name][None]
-        for block, parts in zip(target, entry.released):
-            for part, name in zip(block.chunk(len(parts)), parts):
-                part.copy_(_read(read, name, names, part))
-                left.discard(name)
-    for name, copy in shared_copies(model.config):
-        if copy in left:
-            left.discard(copy)
-            if not torch.equal(_read(read, copy, names, mine[name]).to(mine[name]), mine[name]):
-                raise CheckpointError(
-                    f"'{copy}' differs from '{name}'; MTP modules share the main model's tensor."
-                )
-    if left:
-        first = sorted(left)[0]
+    copies = {copy: name for name, copy in shared_copies(model.config)}
+    places = {name: place for name, place in to_released(model) if name not in copies}
+    mine = model.state_dict()
+    _require_fit(model.config, {name: place.shape for name, place in places.items()}, shapes)
+    for name in watched(shapes, "reading weights", len(shapes)):
+        if name not in copies:
+            places[name].copy_(read(name))
+    for copy, name in copies.items():
+        if copy in shapes and not torch.equal(read(copy).to(mine[name]), mine[name]):
+            raise CheckpointError(
+                f"'{copy}' differs from '{name}'; MTP modules share the main model's tensor."
+            )
+
+
+def _require_fit(
+    config: ModelConfig, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse a checkpoint that is not of this config, with the first tensor's name and what to look at."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        drafts = tuple(
+            f"model.layers.{config.num_layers + depth}." for depth in range(config.num_mtp_modules)
+        )
+        why = "check the config's sizes, or that all shards are there."
+        if all(name.startswith(drafts) for name in missing):
+            why = (
+                f"without it there is no MTP module: fetch that shard, or set num_nextn_predict_layers below "
+                f"{config.num_mtp_modules} in the config to do without."
+            )
         raise CheckpointError(
-            f"'{first}' and {len(left) - 1} more tensors have no place in this model; the config must "
+            f"tensor '{missing[0]}' is not in the checkpoint; the config promises it: {why}"
+        )
+    whole = dict(expected)
+    for name, copy in shared_copies(config):
+        whole[copy] = expected["model.embed_tokens.weight" if name == "embed.weight" else "lm_head.weight"]
+    left = sorted(name for name in found if name not in whole)
+    if left:
+        raise CheckpointError(
+            f"'{left[0]}' and {len(left) - 1} more tensors have no place in this model; the config must "
             "describe the checkpoint: see num_hidden_layers, num_nextn_predict_layers and n_routed_experts."
         )
-
-
-def _read(read: Callable[[str], Tensor], name: str, names: set[str], like: Tensor) -> Tensor:
-    if name not in names:
-        raise CheckpointError(
-            f"tensor '{name}' is not in the checkpoint; the config promises it: check the config's sizes, or "
-            "that all shards are there."
-        )
-    tensor = read(name)
-    if tensor.shape != like.shape:
-        raise CheckpointError(
-            f"tensor '{name}' is {list(tensor.shape)}; the config makes it {list(like.shape)}: "
-            "check the config's sizes."
-        )
-    return tensor
+    for name, shape in found.items():
+        if tuple(shape) != tuple(whole[name]):
+            raise CheckpointError(
+                f"tensor '{name}' is {list(shape)}; the config makes it {list(whole[name])}: "
+                "check the config's sizes."
+            )
 
 
 def from_mapping(model: Transformer, tensors: Mapping[str, Tensor]) -> None:
     """`load_released` from tensors already in memory."""
-    load_released(model, tensors.__getitem__, set(tensors))
+    load_released(model, {name: tensor.shape for name, tensor in tensors.items()}, tensors.__getitem__)

@@ -36,7 +36,7 @@ from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Progress
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
-from counterflow.train.restore import CHECKPOINTS, RUN_TOML, TOKENIZER, run_config
+from counterflow.train.restore import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of, run_config, write_start
 from counterflow.train.timeline import write_timeline
 from counterflow.train.trainer import Trainer
 from counterflow.units import bytes_, count, seconds
@@ -47,6 +47,8 @@ BYTES_EACH = 16
 """Of a parameter in training: fp32 master, gradient and two moments."""
 RECORD_STEP = 3
 """The step whose ops are timed: after the first two, which pay for warming up."""
+GIVEN = ("master.", "bias.")
+"""What a run takes from its step 0, where it has one."""
 LN2 = 0.6931471805599453
 
 
@@ -62,6 +64,7 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
         step = mesh.first_does(lambda: begin(run, folder, checkpoints))
         if step is None:
             return 0
+        mesh.first_does(lambda: start_from(run, step, checkpoints))
         samples = open_samples(run, mesh)
         trainer = Trainer(run, samples, mesh)
         already = resume(trainer, checkpoints, step, samples)
@@ -87,6 +90,12 @@ def begin(run: RunConfig, folder: Path, checkpoints: Checkpoints) -> int | None:
         print(f"{folder} is complete (step {step}); keep.resume=never trains it anew.")
         return None
     return step
+
+
+def start_from(run: RunConfig, step: int, checkpoints: Checkpoints) -> None:
+    """Give a run that begins with the weights of another model its step 0."""
+    if run.train.start_from and not step and 0 not in checkpoints.steps():
+        write_start(folder_of(run.train.start_from), checkpoints)
 
 
 def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
@@ -195,6 +204,10 @@ def newest_sound(checkpoints: Checkpoints) -> int:
 def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Samples) -> float:
     """Fill the trainer from a checkpoint, if there is one; seconds trained before."""
     if not step:
+        if trainer.mesh.first_does(lambda: 0 in checkpoints.steps()):
+            weights = {name: piece for name, piece in trainer.pieces().items() if name.startswith(GIVEN)}
+            checkpoints.load(0, weights, some=True)
+            trainer.begin_from_given()
         return 0.0
     state = trainer.mesh.first_does(lambda: checkpoints.state(step))
     if state["fingerprint"] != samples.fingerprint:

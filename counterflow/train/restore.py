@@ -1,14 +1,18 @@
-"""A trained run as a model to use: its configuration, its newest checkpoint, its tokenizer."""
+"""A trained run, or a folder in the released format, as a model to use; and such a model as the start of a run."""
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from counterflow.config.load import load_run
-from counterflow.config.run import RunConfig
+from counterflow.config.load import load_run, to_toml
+from counterflow.config.run import Data, Keep, RunConfig
+from counterflow.convert.export import CONFIG
+from counterflow.convert.folder import whole_folder
+from counterflow.convert.load import load_folder
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
-from counterflow.errors import CheckpointError
+from counterflow.errors import CheckpointError, ConfigError, nearest
 from counterflow.model.transformer import Transformer, named_routers
 from counterflow.train.checkpoint import Checkpoints
 
@@ -23,8 +27,38 @@ def run_config(folder: Path) -> RunConfig:
     if not path.is_file():
         runs = sorted(other.parent.name for other in folder.parent.glob(f"*/{RUN_TOML}"))
         known = f"known there: {', '.join(runs)}." if runs else "train one first: counterflow train."
-        raise CheckpointError(f"{folder} is no run: it has no {RUN_TOML}; {known}")
+        raise CheckpointError(
+            f"{folder} is no run and no exported model: it has neither {RUN_TOML} nor {CONFIG}; {known}"
+        )
     return load_run(str(path))
+
+
+def folder_of(name: str) -> Path:
+    """The folder that a command means: a path, or the name of a run in runs/."""
+    return Path(name) if Path(name).exists() or "/" in name else Path("runs") / name
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_of(path: Path, averaged: bool = False, precision: str = "fp32") -> tuple[Transformer, Tokenizer]:
+    """Model on the CPU, in fp32 or bf16 (the routers' biases in fp32), and tokenizer of a run or a released folder.
+
+    `averaged` takes a run's EMA weights.   Fails: CheckpointError that says what is wrong with either.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is '{precision}'; {nearest(precision, PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+    if (path / RUN_TOML).is_file() or not (path / CONFIG).is_file():
+        model, tokenizer = restore(path, averaged)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model, tokenizer
+    if averaged:
+        raise CheckpointError(
+            f"{path} is an exported folder and holds one set of weights; leave out averaged."
+        )
+    return load_folder(path, dtype)
 
 
 @torch.no_grad()
@@ -38,8 +72,34 @@ def restore(folder: Path, averaged: bool = False) -> tuple[Transformer, Tokenize
         raise CheckpointError(f"{folder} has no checkpoint yet; train it further: counterflow train.")
     if averaged and not run.train.ema_decay:
         raise CheckpointError(f"{folder} kept no averaged weights; train with train.ema_decay above 0.")
-    model, kind = Transformer(run.model), "ema" if averaged else "master"
-    tensors = {f"{kind}.{name}": weight.data for name, weight in model.named_parameters()}
-    tensors |= {f"bias.{name}": bias for _, name, bias in named_routers(model)}
-    kept.load(kept.steps()[-1], tensors, some=True)
+    model = Transformer(run.model)
+    kept.load(kept.steps()[-1], weights(model, "ema" if averaged else "master"), some=True)
     return model, load_tokenizer(folder / TOKENIZER)
+
+
+def weights(model: Transformer, kind: str = "master") -> dict[str, Tensor]:
+    """What a checkpoint keeps of the model itself, by name: fp32 weights (masters or averages) and routers' biases."""
+    kept = {f"{kind}.{name}": weight.data for name, weight in model.named_parameters()}
+    return kept | {f"bias.{name}": bias for _, name, bias in named_routers(model)}
+
+
+def write_start(source: Path, checkpoints: Checkpoints) -> tuple[Transformer, Tokenizer]:
+    """Step 0 of a run: the weights of another run or of a released folder, and nothing else. Model and tokenizer."""
+    model, tokenizer = model_of(source)
+    checkpoints.save(0, weights(model), {"sample": 0, "step": 0, "seconds": 0.0, "fingerprint": ""})
+    return model, tokenizer
+
+
+def import_run(source: Path, folder: Path) -> Transformer:
+    """Make a run whose step 0 is a released folder's weights; the model.   Fails: CheckpointError.
+
+    Cost: the model in fp32, in memory and on disk.
+    """
+    with whole_folder(folder) as new:
+        model, tokenizer = write_start(source, Checkpoints(new / CHECKPOINTS, keep=1))
+        length = min(Data().sequence_length, model.config.max_positions)
+        data = Data(sequence_length=length, tokenizer=str(folder / TOKENIZER))
+        run = RunConfig(folder.name, model.config, data, keep=Keep(folder=str(folder)))
+        (new / RUN_TOML).write_text(to_toml(run), encoding="utf-8")
+        tokenizer.save(new / TOKENIZER)
+    return model

@@ -246,6 +246,13 @@ class Trainer:
             kept |= {f"ema.{name}": replace(self.masters[name], value=average) for name, average in averages}
         return kept
 
+    def begin_from_given(self) -> None:
+        """Begin with the weights that have been filled into the masters."""
+        self.optimizer.round_weights()
+        if self.ema is not None:
+            for name, average in self.ema.averages.items():
+                average.copy_(self.masters[name].value)
+
     def loaded(self, sample: int, steps: int) -> None:
         """Take up a place after `pieces()` have been filled from a checkpoint."""
         self.sample, self.steps = sample, steps

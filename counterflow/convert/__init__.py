@@ -1,0 +1,1 @@
+"""The released checkpoint format: what goes out to other tools, and what comes in from them."""

@@ -1,0 +1,39 @@
+"""A model out of a released folder, in the precision asked for.
+
+The model's memory is made once and untouched; the shards are mapped one after another and copied into it, FP8 blocks
+multiplied out tensor by tensor. Every name and shape is compared before the first weight is read.
+"""
+
+from pathlib import Path
+
+import torch
+
+from counterflow.config.model import ModelConfig
+from counterflow.config.released import read_released
+from counterflow.convert.export import CONFIG, TOKENIZER
+from counterflow.convert.shards import Shards
+from counterflow.data.tokenizer import Tokenizer, fitting
+from counterflow.data.tokenizer import load as load_tokenizer
+from counterflow.model.transformer import Transformer
+from counterflow.model.weights import load_released
+
+
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+    """Model on the CPU, routers' biases in fp32 whatever `dtype`, and its tokenizer.
+
+    Fails: CheckpointError with the tensor's name, ConfigError, DataError.   Cost: the model, and one tensor.
+    """
+    config = read_released(folder / CONFIG)
+    with Shards(folder) as shards:
+        tokenizer = fitting(load_tokenizer(folder / TOKENIZER), config.vocab_size, str(folder / TOKENIZER))
+        model = empty_model(config, dtype)
+        load_released(model, shards.shapes, shards.read)
+    return model, tokenizer
+
+
+def empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """A model with memory for its weights that nothing has touched yet."""
+    model = Transformer(config)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+    return model

@@ -1,0 +1,196 @@
+"""Tensors in safetensors shards with an index: written one shard at a time, read through a map of the files.
+
+What is in memory beside the model is one shard when writing and one mapped file when reading, so a model that fits
+loads. The headers are read first: names, shapes and whether a file is all there are known before a weight is touched.
+Our own index also holds each shard's CRC, since the format has none and a flipped bit makes a model that runs and is
+wrong; folders of others are read without.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from counterflow.convert import fp8
+from counterflow.errors import CheckpointError
+from counterflow.units import bytes_
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CHUNK = 1 << 22
+READABLE = 0o644
+"""Of a shard: the library writes files that only their owner may read, and servers often run as another."""
+
+
+def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: float) -> None:
+    """Shards of about so many bytes, in the order given, and the index last."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def write() -> None:
+        shards.append(list(held))
+        save_file(held, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > shard_bytes:
+            write()
+            size = 0
+        held[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for number, file in enumerate(files, start=1):
+        (folder / f"{number}.part").rename(folder / file).chmod(READABLE)
+    places = {name: file for file, names in zip(files, shards) for name in names}
+    metadata = {"total_size": total, "crc32": {file: _crc(folder / file) for file in files}}
+    (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": places}, indent=1))
+
+
+class Shards:
+    """The tensors of a folder, FP8 blocks already multiplied out.   Use as a context: it keeps files mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads index and headers.   Fails: CheckpointError for a shard that is missing, torn or not the index's."""
+        self.folder = folder
+        index = _index(folder)
+        self.crcs: dict[str, int] = index.get("metadata", {}).get("crc32", {})
+        self.places: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the weights, shard by shard; scales are not weights."""
+        self._open: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self._scales: dict[str, tuple[int, ...]] = {}
+        for file in dict.fromkeys(index["weight_map"].values()):
+            self._survey(file, {name for name, place in index["weight_map"].items() if place == file})
+        for name, shape in self._scales.items():
+            self._require_scale(name, shape)
+
+    def _survey(self, file: str, promised: set[str]) -> None:
+        """Names and shapes of one file."""
+        with ExitStack() as stack:
+            shard = self._map(file, stack)
+            names = list(shard.keys())
+            for name in promised.difference(names):
+                raise CheckpointError(
+                    f"tensor '{name}' is not in {self.folder / file}, where {INDEX} has it; the folder is mixed "
+                    "from two checkpoints or incomplete: fetch it anew."
+                )
+            for name in names:
+                kind = self._scales if name.endswith(fp8.SCALE) else self.shapes
+                kind[name] = tuple(shard.get_slice(name).get_shape())
+                self.places[name] = file
+
+    def _require_scale(self, name: str, shape: tuple[int, ...]) -> None:
+        weight = self.shapes.get(_weight_of(name))
+        if weight is None or len(weight) != 2 or shape != fp8.num_blocks(*weight):
+            raise CheckpointError(
+                f"tensor '{name}' is {list(shape)} for a weight of {list(weight) if weight else 'no shape'}; "
+                f"FP8 scales are one for each {fp8.BLOCK} × {fp8.BLOCK} block: the shard is damaged or in "
+                "another FP8 format."
+            )
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """One weight; from FP8 blocks in fp32.   Cost: pages of the file, let go with the next shard."""
+        weight = self._shard(self.places[name]).get_tensor(name)
+        scale = name.removesuffix("weight") + fp8.SCALE
+        if scale in self._scales:
+            return fp8.from_blocks(weight, self._shard(self.places[scale], weight=name).get_tensor(scale))
+        if weight.dtype == fp8.E4M3:
+            raise CheckpointError(
+                f"tensor '{name}' is FP8 and '{scale}' is not there; without its scales it has no meaning: "
+                "fetch the checkpoint anew."
+            )
+        return weight
+
+    def _shard(self, file: str, weight: str | None = None) -> Any:
+        """The file mapped; one at a time, and a second where a weight and its scales lie apart."""
+        if file not in self._open:
+            keep = self.places[weight] if weight else None
+            if any(name != keep for name in self._open):
+                self._open.clear()
+                self._stack.close()
+            self._require_crc(file)
+            self._open[file] = self._map(file, self._stack)
+        return self._open[file]
+
+    def _map(self, file: str, stack: ExitStack) -> Any:
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {INDEX} names it: fetch that shard.")
+        try:
+            return stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{path} ({bytes_(path.stat().st_size)}) is no whole safetensors file ({error}); fetch that shard "
+                "anew."
+            ) from None
+
+    def _require_crc(self, file: str) -> None:
+        expected = self.crcs.pop(file, None)  # once a file
+        if expected is not None and _crc(self.folder / file) != expected:
+            raise CheckpointError(
+                f"{self.folder / file} is corrupt: its CRC is not the one in {INDEX}; its first tensor is "
+                f"'{next(name for name, place in self.places.items() if place == file)}'. Fetch that shard anew."
+            )
+
+
+def _weight_of(scale: str) -> str:
+    return scale.removesuffix(fp8.SCALE) + "weight"
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    """The index; a folder with one unsharded file has none and gets one from its header."""
+    path = folder / INDEX
+    if not path.is_file():
+        single = folder / SINGLE
+        if not single.is_file():
+            raise CheckpointError(
+                f"{folder} has neither {INDEX} nor {SINGLE}; a released checkpoint has one of them: give its folder."
+            )
+        try:
+            with safe_open(single, framework="pt") as shard:
+                return {"weight_map": dict.fromkeys(shard.keys(), SINGLE)}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{single} is no whole safetensors file ({error}); fetch it anew."
+            ) from None
+    try:
+        index = json.loads(path.read_text())
+        if all(isinstance(file, str) for file in index["weight_map"].values()):
+            return index
+        found = "its weight_map holds no file names"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = str(error) or type(error).__name__
+    raise CheckpointError(f"{path} is no index of shards ({found}); fetch it anew.")
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def as_stored(name: str, tensor: Tensor, dtype: torch.dtype, in_blocks: bool) -> Iterable[tuple[str, Tensor]]:
+    """A weight as it lies in a shard: in `dtype`, or as FP8 blocks with their scales."""
+    if in_blocks:
+        blocks, scales = fp8.to_blocks(tensor)
+        return (name, blocks), (name.removesuffix("weight") + fp8.SCALE, scales)
+    return ((name, tensor.to(dtype, copy=True)),)
