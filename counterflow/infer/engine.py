@@ -179,7 +179,7 @@ class Engine:
         for drafted, kept in turns:
             statistics.count(drafted, kept)
         self.depth.count([drafted for drafted, _ in turns], [kept for _, kept in turns])
-        wrote = all(work.sequence.decoding for work in works)
+        wrote = all(work.sequence.made and work.rows == 1 for work in works)
         depths = {work.drafts for work in works}
         if wrote and self._wrote and len(depths) == 1:
             self.depth.record(len(works), depths.pop(), outcome.draft_s, outcome.model_s)

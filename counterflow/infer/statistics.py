@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from counterflow.infer.depth import Depth
+from counterflow.units import seconds
+
 
 @dataclass
 class Statistics:
@@ -51,3 +54,30 @@ class Statistics:
     def accepted_length(self) -> float | None:
         """Mean tokens of a turn with drafts, the token behind them included; None without any."""
         return self.drafted_tokens / self.drafted_turns if self.drafted_turns else None
+
+
+def described(statistics: Statistics, depth: Depth, sequences: int = 1) -> str:
+    """Speed, and what drafts brought, for people; `sequences` wrote at once."""
+    took = statistics.draft_s + statistics.model_s
+    rate = f"{statistics.tokens / took:,.0f} tokens/s" if took else "no time at all"
+    lines = [
+        f"{statistics.tokens} tokens after {statistics.prompt_tokens} of prompt in {seconds(took)}: {rate}."
+    ]
+    if statistics.accepted_length is None:
+        return lines[0]
+    kept = ", ".join(f"{share:.0%}" for share in statistics.acceptance)
+    lines.append(
+        f"Drafts kept, by position: {kept}; {statistics.accepted_length:.2f} tokens a step that had drafts "
+        f"({statistics.drafted_turns} of {statistics.verified})."
+    )
+    chosen = depth.best(sequences) if depth.adapt else depth.deepest
+    speed_up = depth.speed_up(sequences, chosen)
+    if speed_up is None:
+        lines.append(
+            "No step without drafts was timed, so no speed-up is known (a seed keeps the drafts' depth)."
+        )
+    else:
+        lines.append(
+            f"Speed-up {speed_up:.2f} with {chosen} at a time, by the times of such steps and of plain ones."
+        )
+    return "\n".join(lines)

@@ -83,7 +83,12 @@ def test_shared_experts_change_nothing(tmp_path):
     layouts = {
         "flat": ("parallel.data=4", "parallel.expert=4"),
         "dual": ("parallel.pipeline=4", "parallel.data=2", "parallel.expert=2"),
-        "hops": ("parallel.data=4", "parallel.expert=4", "parallel.dispatch=two_hop", "parallel.node_ranks=2"),
+        "hops": (
+            "parallel.data=4",
+            "parallel.expert=4",
+            "parallel.dispatch=two_hop",
+            "parallel.node_ranks=2",
+        ),
         "half": ("parallel.pipeline=2", "parallel.data=4", "parallel.expert=2", "parallel.schedule=1f1b"),
     }
     for run, layout in layouts.items():
