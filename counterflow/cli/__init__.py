@@ -13,7 +13,8 @@ from counterflow.errors import ConfigError, CounterflowError, nearest
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
-    "generate": "sample text from a trained run",
+    "generate": "write text with a trained run",
+    "serve": "serve a trained run by OpenAI's API, with a page to try it",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',

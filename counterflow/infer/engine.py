@@ -85,7 +85,7 @@ class Engine:
 
     def add(self, prompt: Items[int], sampling: Sampling, samples: int = 1) -> list[Sequence]:
         """Queue a request; its sequences, by which deltas name their text.   Fails: RequestError."""
-        self._check(prompt, samples)
+        self.check(prompt, samples)
         sequences: list[Sequence] = []
         for index in range(samples):
             leader = sequences[0] if sequences else None
@@ -98,6 +98,23 @@ class Engine:
         self.statistics.requests += 1
         self.statistics.prompt_tokens += len(prompt) * samples
         return sequences
+
+    def check(self, prompt: Items[int], samples: int) -> None:
+        """Fails (RequestError) where a request is impossible; reads nothing that a step changes."""
+        if not prompt:
+            raise RequestError(
+                "the prompt is empty; give at least one token (the end token begins a document)."
+            )
+        positions, vocab = self.model.config.max_positions, self.model.config.vocab_size
+        if len(prompt) > positions:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the model has {positions} positions: shorten the prompt."
+            )
+        foreign = next((token for token in prompt if not 0 <= token < vocab), None)
+        if foreign is not None:
+            raise RequestError(f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.")
+        if samples < 1:
+            raise RequestError(f"n is {samples}; it must be at least 1.")
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now; nothing more is heard of it."""
@@ -184,22 +201,6 @@ class Engine:
         if wrote and self._wrote and len(depths) == 1:
             self.depth.record(len(works), depths.pop(), outcome.draft_s, outcome.model_s)
         self._wrote = wrote
-
-    def _check(self, prompt: Items[int], samples: int) -> None:
-        if not prompt:
-            raise RequestError(
-                "the prompt is empty; give at least one token (the end token begins a document)."
-            )
-        positions, vocab = self.model.config.max_positions, self.model.config.vocab_size
-        if len(prompt) > positions:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the model has {positions} positions: shorten the prompt."
-            )
-        foreign = next((token for token in prompt if not 0 <= token < vocab), None)
-        if foreign is not None:
-            raise RequestError(f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.")
-        if samples < 1:
-            raise RequestError(f"n is {samples}; it must be at least 1.")
 
 
 def chain_of(modules: int, settings: EngineSettings) -> tuple[int, int]:
