@@ -12,7 +12,7 @@ blocks where they lie is the faster way on a GPU and not built here.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from counterflow.config.model import ModelConfig
@@ -55,9 +55,9 @@ def absorbed(
     query = torch.cat([torch.einsum("tnh,nhc->tnc", content, key_up), rotary], dim=-1)
     padded = _padded(query, group).flatten(1, 2)
     scores = torch.bmm(padded, seen.transpose(1, 2)).unflatten(1, (-1, heads)).float() * attention.scale
-    scores.masked_fill_(~visible(group)[:, :, None], float("-inf"))
+    scores.masked_fill_(group.hidden[:, :, None], float("-inf"))
     p = torch.softmax(scores, dim=-1).to(seen.dtype).flatten(1, 2)
-    sums = torch.bmm(p, seen[..., :latent]).view(-1, heads, latent)[group.places]
+    sums = _unpadded(torch.bmm(p, seen[..., :latent]).view(-1, heads, latent), group)
     return torch.einsum("tnc,nvc->tnv", sums, value_up).flatten(1)
 
 
@@ -71,20 +71,19 @@ def expanded(
         _padded(q, group).transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=visible(group)[:, None],
+        attn_mask=~group.hidden[:, None],
         scale=attention.scale,
     )
-    return o.transpose(1, 2).flatten(0, 1)[group.places].flatten(1)
-
-
-def visible(group: Group) -> Bool[Tensor, "B S M"]:
-    """Which keys each padded query may see: those at its own position and before."""
-    keys = torch.arange(group.keys, device=group.positions.device)
-    return keys <= group.positions[..., None]
+    return _unpadded(o.transpose(1, 2).flatten(0, 1), group).flatten(1)
 
 
 def _padded(x: Float[Tensor, "T N W"], group: Group) -> Float[Tensor, "B S N W"]:
     batch, longest = group.positions.shape
-    out = x.new_zeros(batch * longest, *x.shape[1:])
-    out[group.places] = x
-    return out.view(batch, longest, *x.shape[1:])
+    if not group.is_full:
+        rows, x = x, x.new_zeros(batch * longest, *x.shape[1:])
+        x[group.places] = rows
+    return x.view(batch, longest, *x.shape[1:])
+
+
+def _unpadded(x: Float[Tensor, "P N W"], group: Group) -> Float[Tensor, "T N W"]:
+    return x if group.is_full else x[group.places]

@@ -72,7 +72,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(chain, monkeypatch):
         return chain
 
     monkeypatch.setattr(run.Drafter, "draft", watched)
-    _, engine = write(model, prompts(6), Sampling(20, temperature=0), settings(chain))
+    _, engine = write(model, prompts(6), Sampling(10, temperature=0), settings(chain))
     assert 0 < sum(engine.statistics.kept) < sum(engine.statistics.reached)
     checked = 0
     for (known, drafted), depth in product(seen, range(CHAINS[chain][1])):
@@ -81,7 +81,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(chain, monkeypatch):
             logits = model.draft_logits(text)[depth][0, len(known) - 2]
             assert logits[drafted[depth]] > logits.max() - 1e-4
             checked += 1
-    assert checked > 100
+    assert checked > 60
 
 
 def plain_distribution(logits, sampling: Sampling):
@@ -152,7 +152,7 @@ def drafting_model():
 def test_sec5_4_3_drawn_tokens_have_the_models_distribution(sampling):
     """The engine's own texts. Seeds are fixed, so the p-value is always the same; a bound of 1e-3 would be crossed by
     one right verifier in 250."""
-    assert deviation(drafting_model(), sampling, 3_000) > 1e-3
+    assert deviation(drafting_model(), sampling, 1_500) > 1e-3
 
 
 def drawn_with_drafts(p: list[Tensor], q: list[Tensor], verify, draws: int) -> Tensor:
@@ -206,7 +206,7 @@ def by_argmax(p, q, drafts, counts, uniforms):
 
 def test_sec5_4_3_the_engines_test_finds_a_verifier_that_accepts_the_likeliest(monkeypatch):
     monkeypatch.setattr(run, "verdict", by_argmax)
-    assert deviation(drafting_model(), SAMPLINGS[0], 3_000) < 1e-9
+    assert deviation(drafting_model(), SAMPLINGS[0], 1_500) < 1e-9
 
 
 def test_a_draft_that_the_model_would_not_draw_is_never_kept():
