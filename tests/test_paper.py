@@ -32,6 +32,7 @@ ITEMS = [
     "§4.2 start",
     "§4.2 step",
     "§4.3",
+    "§5.4.3",
 ]
 """What is built."""
 
@@ -45,7 +46,6 @@ LATER = {
     "Tab. 4": "the ablation of multi-token prediction: a script in bench/ with its record",
     "Tab. 5": "the ablation of auxiliary-loss-free balance: a script in bench/ with its record",
     "§3.4": "redundant experts and two overlapping batches in inference: come with serving",
-    "§5.4.3": "speculative decoding with the MTP modules: comes with infer/speculate.py",
 }
 OUT_OF_SCOPE = {
     "Eq. 26": "GRPO: post-training by reinforcement learning is not what this project is for",

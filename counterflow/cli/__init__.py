@@ -14,7 +14,8 @@ from counterflow.errors import ConfigError, CounterflowError, nearest
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
-    "generate": "sample text from a trained run or an exported model",
+    "generate": "write text with a trained run or an exported model",
+    "serve": "serve a model by OpenAI's API, with a page to try it",
     "export": "write a run as a folder in the released checkpoint format",
     "import": "make a run of a folder in the released checkpoint format",
     "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",

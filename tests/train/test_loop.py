@@ -86,6 +86,30 @@ def test_a_run_leaves_all_that_it_promises(whole, capsys):
     assert main(["generate", "--run", str(run), "--averaged", "--max-tokens", "3"]) == 0
 
 
+def test_drafts_change_no_text_and_stats_tell_what_they_brought(whole, capsys):
+    words = [
+        "generate",
+        "--run",
+        str(whole / "run"),
+        "--prompt",
+        "the",
+        "--max-tokens",
+        "40",
+        "--temperature",
+        "0",
+    ]
+    texts = []
+    for drafts in ("-1", "0", "3"):
+        assert main([*words, "--drafts", drafts, "--stats"]) == 0
+        said = capsys.readouterr()
+        texts.append(said.out)
+        assert "40 tokens after 2 of prompt" in said.err
+        assert ("Drafts kept, by position" in said.err) == (drafts != "0")
+    assert len(set(texts)) == 1
+    assert main([*words, "--drafts", "-2"]) == 2 and "drafts is -2" in capsys.readouterr().err
+    assert main([*words, "--device", "tpu"]) == 2 and "device is 'tpu'" in capsys.readouterr().err
+
+
 def test_a_complete_run_says_so_and_trains_no_more(whole, capsys):
     before = (whole / "run" / "metrics.jsonl").read_text()
     assert counterflow(whole) == 0
