@@ -21,6 +21,7 @@ class Serve:
     host: str = "127.0.0.1"
     """Where to listen; another than a loopback address needs an API key."""
     port: int = 8000
+    """0 takes any that is free."""
     api_key: str = ""
     """What clients must bring as a bearer token; better set by the variable COUNTERFLOW_API_KEY, since others see the
     words of a command."""
@@ -56,7 +57,7 @@ def serve(wish: Serve) -> None:
     """Load the run, say where it is served, and serve."""
     try:
         from counterflow.serve.app import Service
-        from counterflow.serve.listen import ServerSettings, server
+        from counterflow.serve.listen import ServerSettings, listening, server
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serving needs {error.name}, which is not installed; install it: pip install 'counterflow[serve]'."
@@ -74,5 +75,8 @@ def serve(wish: Serve) -> None:
     model, tokenizer = model_of(folder, wish.averaged)
     engine = Engine(placed(model, wish.device, wish.precision, settings), settings, tokenizer.decode)
     name = wish.name or folder.resolve().name
-    print(f"Serving '{name}' on http://{wish.host}:{wish.port} (Ctrl-C stops it).", flush=True)
-    server(Service(engine, tokenizer, name, wish.max_queue), listen).run()
+    with listening(listen) as socket:
+        print(
+            f"Serving '{name}' on http://{wish.host}:{socket.getsockname()[1]} (Ctrl-C stops it).", flush=True
+        )
+        server(Service(engine, tokenizer, name, wish.max_queue), listen).run(sockets=[socket])

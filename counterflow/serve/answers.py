@@ -142,5 +142,6 @@ def usage(prompts: list[list[int]], choices: Sequence[Choice]) -> dict[str, int]
 
 
 def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's form of an error."""
+    """OpenAI's form of an error. It may quote what cannot be written as UTF-8, so that is replaced."""
+    message = message.encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,6 +1,8 @@
 """The server's settings, and uvicorn with them: it listens, and ends what is under way before it stops."""
 
 import ipaddress
+import os
+import socket
 from dataclasses import dataclass
 
 import uvicorn
@@ -36,15 +38,24 @@ class ServerSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
+def listening(settings: ServerSettings) -> socket.socket:
+    """A socket that listens there; port 0 takes any that is free.   Fails: ConfigError where that cannot be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"{settings.host} port {settings.port} cannot be listened on ({os.strerror(error.errno or 0)}); choose "
+            "another port or host."
+        ) from None
+
+
 def server(service: Service, settings: ServerSettings) -> uvicorn.Server:
-    """The server, ready to `run`; SIGINT and SIGTERM end it gracefully."""
+    """The server, to `run` on sockets that listen; SIGINT and SIGTERM end it gracefully."""
     config = uvicorn.Config(
         application(service, settings.api_key, settings.max_body_bytes),
-        host=settings.host,
-        port=settings.port,
         log_level="warning",
         timeout_graceful_shutdown=settings.grace_s,
-        backlog=2048,
     )
     return uvicorn.Server(config)
 

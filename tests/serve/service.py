@@ -14,7 +14,7 @@ from counterflow.data.corpus import open_corpus
 from counterflow.data.tokenizer import Tokenizer, open_tokenizer
 from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.serve.app import Service
-from counterflow.serve.listen import ServerSettings, server
+from counterflow.serve.listen import ServerSettings, listening, server
 from tests.data.texts import folder
 from tests.model.configs import BASE, random_model
 
@@ -67,13 +67,15 @@ def running(tokenizer: Tokenizer, max_queue: int = 1024, sequences: int = 8, **s
     model = random_model(CONFIG).requires_grad_(False)
     engine = Engine(model, EngineSettings(max_sequences=sequences), tokenizer.decode)
     service = Service(engine, tokenizer, "toy", max_queue)
-    listening = server(service, ServerSettings(port=0, **settings))
-    thread = threading.Thread(target=listening.run)
-    thread.start()
-    while not listening.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.02)
-    yield Running(service, listening.servers[0].sockets[0].getsockname()[1])
-    listening.should_exit = True
-    thread.join(timeout=60)
+    wish = ServerSettings(port=0, **settings)
+    web = server(service, wish)
+    with listening(wish) as socket:
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [socket]})
+        thread.start()
+        while not web.started:
+            assert thread.is_alive(), "the server did not start"
+            time.sleep(0.02)
+        yield Running(service, socket.getsockname()[1])
+        web.should_exit = True
+        thread.join(timeout=60)
     assert not thread.is_alive(), "the server did not stop"
