@@ -6,8 +6,8 @@ first. The absorbed form does 2C + R products per query, head and key instead of
 so it wins where few queries meet many keys, in decoding, and the expanded form in long chunks of a prompt.
 The operations of both are counted and the cheaper is taken.
 
-Plain PyTorch: the cached entries of a group are gathered into one padded tensor first. A kernel that reads the
-blocks where they lie is the faster way on a GPU and not built here.
+The absorbed form is a kernel's (`kernels/decode.py`), which on a GPU reads the blocks where they lie; the expanded one
+gathers a group's entries into one padded tensor first.
 """
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from counterflow.config.model import ModelConfig
 from counterflow.infer.cache import Cache, Group, Rows
+from counterflow.kernels.decode import decode_attention
 from counterflow.model.mla import Attention
 
 
@@ -30,7 +31,7 @@ def attend(
     heads = []
     for group in rows.groups:
         form = absorbed if prefers_absorbed(attention.config, group) else expanded
-        heads.append(form(attention, q[group.rows], cache.seen(layer, group), group))
+        heads.append(form(attention, q[group.rows], cache, layer, group))
     return attention.out(torch.cat(heads), None)
 
 
@@ -44,34 +45,39 @@ def prefers_absorbed(config: ModelConfig, group: Group) -> bool:
 
 
 def absorbed(
-    attention: Attention, q: Float[Tensor, "T N HR"], seen: Float[Tensor, "B S C"], group: Group
+    attention: Attention, q: Float[Tensor, "T N HR"], cache: Cache, layer: int, group: Group
 ) -> Float[Tensor, "T NV"]:
     """The heads' outputs side by side, from the latents as they are."""
     config = attention.config
-    latent, heads = config.kv_lora_rank, config.num_heads
-    weight = attention.kv_up.weight.view(heads, -1, latent)
+    weight = attention.kv_up.weight.view(config.num_heads, -1, config.kv_lora_rank)
     key_up, value_up = weight.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
     content, rotary = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
     query = torch.cat([torch.einsum("tnh,nhc->tnc", content, key_up), rotary], dim=-1)
-    padded = _padded(query, group).flatten(1, 2)
-    scores = torch.bmm(padded, seen.transpose(1, 2)).unflatten(1, (-1, heads)).float() * attention.scale
-    scores.masked_fill_(group.hidden[:, :, None], float("-inf"))
-    p = torch.softmax(scores, dim=-1).to(seen.dtype).flatten(1, 2)
-    sums = _unpadded(torch.bmm(p, seen[..., :latent]).view(-1, heads, latent), group)
-    return torch.einsum("tnc,nvc->tnv", sums, value_up).flatten(1)
+    means = decode_attention(
+        _padded(query, group),
+        cache.entries[layer],
+        group.blocks,
+        group.positions,
+        cache.size,
+        config.kv_lora_rank,
+        attention.scale,
+    )
+    return torch.einsum("tnc,nvc->tnv", _unpadded(means.flatten(0, 1), group), value_up).flatten(1)
 
 
 def expanded(
-    attention: Attention, q: Float[Tensor, "T N HR"], seen: Float[Tensor, "B S C"], group: Group
+    attention: Attention, q: Float[Tensor, "T N HR"], cache: Cache, layer: int, group: Group
 ) -> Float[Tensor, "T NV"]:
     """The heads' outputs side by side, from keys and values grown out of the latents."""
+    seen = cache.seen(layer, group)
+    keys = torch.arange(group.keys, device=q.device)
     latent, rotary = seen.split([attention.config.kv_lora_rank, attention.config.qk_rope_head_dim], dim=-1)
     k, v = attention.expand(latent.flatten(0, 1), rotary[:, :, None], None)
     o = F.scaled_dot_product_attention(
         _padded(q, group).transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=~group.hidden[:, None],
+        attn_mask=(keys <= group.positions[..., None])[:, None],
         scale=attention.scale,
     )
     return _unpadded(o.transpose(1, 2).flatten(0, 1), group).flatten(1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from counterflow.model.transformer import Transformer
@@ -43,8 +43,6 @@ class Group:
     """Blocks of each sequence up to the longest, the short ones' filled up with any."""
     keys: int
     """Positions of the longest sequence."""
-    hidden: Bool[Tensor, "B S M"]
-    """Which keys each padded query may not see: those behind its own position."""
 
     @property
     def is_full(self) -> bool:
@@ -108,14 +106,12 @@ class Cache:
         positions = [[*range(e.start, e.end), *[0] * (longest - (e.end - e.start))] for e in extents]
         blocks = [(extent.blocks + [0] * needed)[:needed] for extent in extents]
         device = self.entries.device
-        at = torch.tensor(positions, device=device)
         return Group(
             slice(first, first + sum(lengths)),
             torch.tensor(places, device=device),
-            at,
+            torch.tensor(positions, device=device),
             torch.tensor(blocks, device=device),
             keys,
-            torch.arange(keys, device=device) > at[..., None],
         )
 
     def seen(self, layer: int, group: Group) -> Float[Tensor, "B S C"]:
