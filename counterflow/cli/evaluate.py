@@ -122,8 +122,191 @@ def _keep(found: Mapping[str, Any], out: Path | None) -> None:
         print(f"  {out}")
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """Bits per byte of texts, which do not depend on the tokenizer, and nats per token."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders or globs of .txt, .md, .py, .jsonl or .parquet, or python-stdlib."""
+    run: str = ""
+    """The run's folder or name, or an exported folder."""
+    field: str = "text"
+    """The key or column that holds the text, in .jsonl and .parquet."""
+    max_bytes: float = 1e6
+    """Of each of the texts; documents are read whole."""
+    precision: str = "fp32"
+    averaged: bool = False
+    json: str = ""
+    """Where the numbers are written too."""
+
+
+def perplexity(wish: Perplexity) -> None:
+    """Measure each of the texts."""
+    from counterflow.config.run import Source
+    from counterflow.evaluate.likelihood import perplexity as measure
+    from counterflow.units import bytes_
+
+    if not wish.texts:
+        raise ConfigError("no texts are named; give files, folders or globs, or python-stdlib.")
+    model, tokenizer, _ = _model(wish.run, wish.averaged, wish.precision)
+    rows, found = {}, []
+    for path in wish.texts:
+        one = measure(model, tokenizer, Source(path, field=wish.field), wish.max_bytes)
+        rows[path] = (
+            f"{one.bits_per_byte:.4f} bits per byte, {one.nats_per_token:.4f} nats per token; "
+            f"{bytes_(one.bytes)} in {one.documents} documents, {one.tokens} tokens"
+        )
+        found.append(
+            {
+                "text": path,
+                **asdict(one),
+                "bits_per_byte": one.bits_per_byte,
+                "nats_per_token": one.nats_per_token,
+            }
+        )
+    _table(f"{wish.run} in {wish.precision}", rows)
+    _keep(
+        {"model": wish.run, "precision": wish.precision, "texts": found},
+        Path(wish.json) if wish.json else None,
+    )
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """Relative load of every expert by kind of text, as a picture (Figure 9 of the report) and as numbers."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """NAME=PATH of each kind of text, or PATH alone."""
+    run: str = ""
+    """The run's folder or name, or an exported folder."""
+    field: str = "text"
+    """The key or column that holds the text, in .jsonl and .parquet."""
+    max_tokens: int = 100_000
+    """Of each kind."""
+    averaged: bool = False
+    picture: str = ""
+    """A .png, .svg or .pdf; default expert_load.png in the run's folder. The numbers lie beside it as .json."""
+
+
+def expert_load(wish: ExpertLoad) -> None:
+    """Count, draw, and say how far the busiest expert is above the mean."""
+    from counterflow.config.run import Source
+    from counterflow.evaluate import expert_load as bench
+
+    if not wish.texts:
+        raise ConfigError("no texts are named; give NAME=PATH of one kind of text or more.")
+    model, tokenizer, folder = _model(wish.run, wish.averaged, "fp32")
+    pairs = [text.split("=", 1) if "=" in text else (text, text) for text in wish.texts]
+    domains = {name: Source(path, field=wish.field) for name, path in pairs}
+    counted = bench.expert_load(model, tokenizer, domains, wish.max_tokens)
+    loads = {name: bench.relative_load(one) for name, one in counted.items()}
+    picture = Path(wish.picture or folder / "expert_load.png")
+    bench.draw(loads, model.config.num_dense_layers, picture)
+    rows = {
+        name: f"busiest expert {load.max():.2f} times even, layers' mean {load.amax(-1).mean():.2f}"
+        for name, load in loads.items()
+    }
+    _table(f"{wish.run}: relative expert load", rows | {"picture": picture})
+    kept = {
+        name: {"counts": one.tolist(), "relative_load": loads[name].tolist()} for name, one in counted.items()
+    }
+    _keep(
+        {"model": wish.run, "first_layer": model.config.num_dense_layers, "domains": kept},
+        picture.with_suffix(".json"),
+    )
+
+
+@dataclass(frozen=True)
+class Binoculars:
+    """How likely a language model wrote a text, from two checkpoints of one vocabulary: low is likely."""
+
+    texts: tyro.conf.Positional[tuple[str, ...]]
+    """Files; each document has its score."""
+    observer: str = ""
+    """A run or exported folder whose predictions are the yardstick."""
+    performer: str = ""
+    """A run or exported folder whose perplexity is measured; in the paper the one tuned further."""
+    field: str = "text"
+    max_documents: int = 100
+
+
+def binoculars(wish: Binoculars) -> None:
+    """Score each document."""
+    from itertools import islice
+
+    from counterflow.config.run import Source
+    from counterflow.data.corpus import documents
+    from counterflow.evaluate.likelihood import binoculars as score
+
+    if not (wish.texts and wish.observer and wish.performer):
+        raise ConfigError("binoculars compares two models on texts; give --observer, --performer and files.")
+    observer, tokenizer, _ = _model(wish.observer, False, "fp32")
+    performer, other, _ = _model(wish.performer, False, "fp32")
+    if tokenizer.bpe.get_vocab() != other.bpe.get_vocab() or len(observer.head) != len(performer.head):
+        raise ConfigError(
+            f"{wish.observer} and {wish.performer} have different vocabularies; their predictions can be compared "
+            "only over the same tokens: take two checkpoints of one tokenizer."
+        )
+    rows = {}
+    for path in wish.texts:
+        for document in islice(documents(Source(path, field=wish.field)), wish.max_documents):
+            rows[document.name] = f"{score(observer, performer, tokenizer, document.text):.4f}"
+    _table(f"Binoculars: {wish.performer}'s log-perplexity over its surprise at {wish.observer}", rows)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """lm-eval's tasks, with the model in this process."""
+
+    tasks: tyro.conf.Positional[tuple[str, ...]]
+    """Names of tasks, lm-eval's own or of --include_path."""
+    run: str = ""
+    """The run's folder or name, or an exported folder."""
+    include_path: str = ""
+    """A folder with tasks of your own (YAML)."""
+    num_fewshot: int = 0
+    limit: int = 0
+    """Documents of each task; 0: all."""
+    precision: str = "fp32"
+    averaged: bool = False
+    json: str = ""
+    """Where the results are written too."""
+
+
+def tasks(wish: Tasks) -> None:
+    """Run them and print lm-eval's table."""
+    try:
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"lm-eval is not whole ({error}); it is an extra: pip install 'counterflow[lm-eval]'."
+        ) from None
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    from counterflow.evaluate.harness import CounterflowLM
+
+    if not (wish.run and wish.tasks):
+        raise ConfigError("name a model with --run, and one task or more.")
+    found = lm_eval.simple_evaluate(
+        model=CounterflowLM(wish.run, wish.precision, wish.averaged),
+        tasks=list(wish.tasks),
+        num_fewshot=wish.num_fewshot,
+        limit=wish.limit or None,
+        task_manager=TaskManager(include_path=wish.include_path or None),
+    )
+    assert found is not None, "lm-eval gives results to its first process, and there is one"
+    print(make_table(found))
+    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples") if name in found}
+    _keep({"model": wish.run, "precision": wish.precision} | kept, Path(wish.json) if wish.json else None)
+
+
 EVALUATIONS: Mapping[str, tuple[Any, Callable[[Any], None], str]] = {
     "humaneval": (HumanEval, humaneval, "pass@k on HumanEval's 164 problems, run in a sandbox"),
+    "perplexity": (Perplexity, perplexity, "bits per byte of any text"),
+    "expert-load": (ExpertLoad, expert_load, "relative load of experts by kind of text, drawn"),
+    "binoculars": (Binoculars, binoculars, "how likely a model wrote a text, from two checkpoints"),
+    "tasks": (Tasks, tasks, "tasks of lm-eval, with the model in this process"),
 }
 
 

