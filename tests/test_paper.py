@@ -17,11 +17,13 @@ ITEMS = [
     "Fig. 3",
     "Fig. 4",
     "Fig. 5",
+    "Tab. 1",
     "Tab. 2",
     "§2.1.2 bias",
     "§2.1.2 node limit",
     "§3.2.1 ZeRO-1",
     "§3.2.3 EMA",
+    "§3.2.3 recomputation",
     "§4.1 packing",
     "§4.1 FIM",
     "§4.1 tokenizer",
@@ -34,7 +36,6 @@ ITEMS = [
 """What is built."""
 
 LATER = {
-    "Tab. 1": "the price of training: comes with plan/price.py",
     "Fig. 6": "the FP8 framework: model/linear.py trains in bf16 or fp32 so far",
     "Fig. 7": "FP8 quantisation and accumulation: comes with kernels for FP8",
     "Fig. 8": "needle in a haystack: comes with long-context evaluation",

@@ -15,6 +15,7 @@ VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
     "generate": "sample text from a trained run",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
+    "plan": "which layout, how long, how much: a run on a cluster, predicted",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
 }
