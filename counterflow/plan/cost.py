@@ -115,6 +115,14 @@ class Costs:
             return 0.0
         return _transfer_seconds(self, kind, part)
 
+    def lone_layer_s(self) -> float:
+        """Seconds of one layer with experts, forward and whole backward, nothing beside anything."""
+        layer = self.job.model.num_layers - 1
+        parts = (Part.ATTN, Part.DISPATCH, Part.MLP, Part.COMBINE)
+        return sum(
+            self.seconds(kind, part, layer, False) for kind in (Kind.F, Kind.I, Kind.W) for part in parts
+        )
+
     @property
     def send_s(self) -> float:
         """Seconds from a chunk's end until its product is on the next pipeline rank."""

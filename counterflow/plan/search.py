@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from counterflow.config.model import ModelConfig
-from counterflow.errors import ConfigError, ScheduleError
+from counterflow.errors import ConfigError
 from counterflow.plan.cost import Costs, cell_seconds, update
 from counterflow.plan.hardware import Hardware
 from counterflow.plan.job import RECOMPUTES, Job, Layout
@@ -74,6 +74,19 @@ def search(
     job: Job, hardware: Hardware, gpus: int, pins: Pins = UNDECIDED, routing: Routing = UNIFORM, top: int = 10
 ) -> Found:
     """The best layouts on `gpus` cards.   Fails: ConfigError where there are no cards or the pins contradict."""
+    fitting, others = fitting_layouts(job, hardware, gpus, pins, routing)
+    timed = [replace(one, seconds=estimate(Costs(job, one.layout, hardware, routing))) for one in fitting]
+    timed.sort(key=lambda one: one.seconds)
+    finalists = [
+        replace(one, seconds=by_cells(Costs(job, one.layout, hardware, routing))) for one in timed[:FINALISTS]
+    ]
+    return replace(others, best=sorted(finalists, key=lambda one: one.seconds)[:top], fitting=len(fitting))
+
+
+def fitting_layouts(
+    job: Job, hardware: Hardware, gpus: int, pins: Pins, routing: Routing = UNIFORM
+) -> tuple[list[Candidate], Found]:
+    """All layouts that fit, not timed yet, and why the others do not.   Fails: ConfigError as `search`."""
     if gpus < 1:
         raise ConfigError(f"--gpus is {gpus}; a run needs at least 1.")
     _require_pins(job, gpus, pins)
@@ -82,21 +95,15 @@ def search(
     least: Candidate | None = None
     for layout in layouts(job, gpus, pins, fell_out):
         costs = Costs(job, layout, hardware, routing)
-        schedule, plans = _least_schedule(layout, job), _plans(job.model, _stages(layout))
-        peak = max(memory(costs, schedule, plans), key=lambda one: one.total)
-        candidate = Candidate(layout, 0.0, peak)
-        if peak.total > hardware.card.memory_bytes:
-            fell_out["does not fit in the card's memory"] += 1
-            least = candidate if least is None or peak.total < least.peak.total else least
+        every = memory(costs, _least_schedule(layout, job), _plans(job.model, _stages(layout)))
+        candidate = Candidate(layout, 0.0, max(every, key=lambda one: one.total))
+        if candidate.peak.total <= hardware.card.memory_bytes:
+            fitting.append(candidate)
             continue
-        fitting.append(replace(candidate, seconds=estimate(costs, schedule, plans)))
-    fitting.sort(key=lambda one: one.seconds)
-    finalists = [
-        replace(one, seconds=by_cells(Costs(job, one.layout, hardware, routing)))
-        for one in fitting[:FINALISTS]
-    ]
-    best = sorted(finalists, key=lambda one: one.seconds)[:top]
-    return Found(best, len(fitting), fell_out, least)
+        fell_out["does not fit in the card's memory"] += 1
+        if least is None or candidate.peak.total < least.peak.total:
+            least = candidate
+    return fitting, Found([], 0, fell_out, least)
 
 
 def _require_pins(job: Job, gpus: int, pins: Pins) -> None:
@@ -213,8 +220,9 @@ def _stage(costs: Costs, plan: Plan, beside: bool) -> _Stage:
     return _Stage(compute, transfer)
 
 
-def estimate(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...]) -> float:
+def estimate(costs: Costs) -> float:
     """Seconds of a step by formula: the busiest rank's work, the bubble of Table 2 at mean costs, the update."""
+    schedule, plans = _least_schedule(costs.layout, costs.job), _plans(costs.job.model, _stages(costs.layout))
     two_way = costs.layout.pipeline > 1 and costs.layout.schedule.startswith("dualpipe")
     every = [_stage(costs, plan, two_way) for plan in plans]
     pipes, microbatches = schedule.pipes, costs.layout.microbatches(costs.job)
@@ -303,9 +311,9 @@ def what_would_fit(job: Job, hardware: Hardware, gpus: int, pins: Pins, routing:
     free = replace(pins, data=0)
     for factor in (2, 4, 8, 16, 32, 64):
         try:
-            found = search(job, hardware, gpus * factor, free, routing, top=1)
-        except (ConfigError, ScheduleError):
+            fitting, _ = fitting_layouts(job, hardware, gpus * factor, free, routing)
+        except ConfigError:
             continue
-        if found.best:
-            return f"{gpus * factor} of them would do ({found.best[0].layout})"
+        if fitting:
+            return f"{gpus * factor} of them would do ({min(fitting, key=lambda one: one.peak.total).layout})"
     return ""

@@ -36,7 +36,8 @@ def test_the_reports_layout_is_found_and_fits():
 def test_cells_give_what_ops_give_within_three_percent():
     """Cells wait for all that a pair sends, ops for what they need."""
     for schedule in ("dualpipe", "zb1p", "1f1b"):
-        costs = Costs(JOB, Layout(16, 128, 64, 1, schedule, None, "projections"), hardware("h800"))
+        layout = Layout(4, 64, 64, 1, schedule, None, "projections")
+        costs = Costs(replace(JOB, batch_size=16 * 64), layout, hardware("h800"))
         assert by_cells(costs) == pytest.approx(predict(costs).seconds, rel=0.03)
 
 
@@ -69,7 +70,7 @@ def test_a_model_that_fits_nowhere_is_told_what_would_fit():
     with pytest.raises(
         ConfigError, match=r"fits on no layout of 8 h100: .* GiB a card; 256 of them would do \(PP"
     ):
-        answer(replace(JOB, batch_size=2048), hardware("h100"), 8)
+        answer(replace(JOB, batch_size=2048), hardware("h100"), 8, Pins(micro_batch=1, schedule="1f1b"))
 
 
 def test_a_batch_that_no_layout_divides_is_said():
