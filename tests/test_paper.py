@@ -24,6 +24,7 @@ ITEMS = [
     "§3.2.1 ZeRO-1",
     "§3.2.3 EMA",
     "§3.2.3 recomputation",
+    "§3.4 redundant experts",
     "§4.1 packing",
     "§4.1 FIM",
     "§4.1 tokenizer",
@@ -44,7 +45,7 @@ LATER = {
     "Tab. 4": "the ablation of multi-token prediction: a script in bench/ with its record",
     "Tab. 5": "the ablation of auxiliary-loss-free balance: a script in bench/ with its record",
     "§3.2.2": "all-to-all between nodes: comes with comm/two_hop.py",
-    "§3.4": "redundant experts and two overlapping batches in inference: come with serving",
+    "§3.4": "two overlapping batches in inference: come with serving",
     "§5.4.3": "speculative decoding with the MTP modules: comes with infer/speculate.py",
 }
 OUT_OF_SCOPE = {

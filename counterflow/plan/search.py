@@ -22,7 +22,7 @@ from counterflow.schedule import SCHEDULES
 from counterflow.schedule.measure import BUBBLES
 from counterflow.schedule.simulate import Costs as ChunkCosts
 from counterflow.schedule.simulate import makespan, simulate
-from counterflow.schedule.words import OWING, TRANSFERS, Cell, Kind, Plan, Schedule, StageId
+from counterflow.schedule.words import OWING, TRANSFERS, Cell, Kind, Plan, Schedule, Span, StageId
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 FINALISTS = 16
@@ -241,7 +241,7 @@ def estimate(costs: Costs) -> float:
     if schedule.name == "interleaved-1f1b":
         bubble *= schedule.ranks / schedule.stages
     sends = 2 * schedule.stages * costs.send_s
-    return microbatches / pipes * busiest + bubble + sends + _update_s(costs, schedule, plans)
+    return microbatches / pipes * busiest + bubble + sends + update(costs, schedule, plans).seconds
 
 
 def _busy(stages: list[_Stage], two_way: bool) -> float:
@@ -260,30 +260,33 @@ def _busy(stages: list[_Stage], two_way: bool) -> float:
     )
 
 
-def _update_s(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...]) -> float:
-    return update(costs, schedule, plans).seconds
-
-
 def by_cells(costs: Costs) -> float:
     """Seconds of a step by whole cells, each as long as its woven ops."""
-    job, layout = costs.job, costs.layout
-    plans = _plans(job.model, _stages(layout))
-    known: dict[tuple[tuple[Kind, int], ...], float] = {}
+    layout, microbatches = costs.layout, costs.layout.microbatches(costs.job)
+    known: Known = {}
+    pipeline = drawn_on(lambda count: makespan(cell_spans(costs, count, known)[1]), layout, microbatches)
+    schedule = layout.rule(few(layout, microbatches)[0])
+    return pipeline + update(costs, schedule, _plans(costs.job.model, schedule.stages)).seconds
 
-    def run(microbatches: int) -> float:
-        schedule = layout.rule(microbatches)
-        by_stage: dict[StageId, Plan] = {stage: plans[stage.index] for stage in schedule.rank_of}
 
-        def seconds(rank: int, cell: Cell) -> float:
-            key = tuple((chunk.kind, chunk.stage.index) for chunk in cell)
-            if key not in known:
-                known[key] = cell_seconds(costs, cell, by_stage)
-            return known[key]
+Known = dict[tuple[tuple[Kind, int], ...], float]
+"""Seconds of cells by their chunks' kinds and stages."""
 
-        return makespan(simulate(schedule, seconds, costs.send_s))
 
-    pipeline = drawn_on(run, layout, layout.microbatches(job))
-    return pipeline + _update_s(costs, layout.rule(few(layout, layout.microbatches(job))[0]), plans)
+def cell_spans(costs: Costs, microbatches: int, known: Known | None = None) -> tuple[Schedule, list[Span]]:
+    """The layout's schedule of so many micro-batches with a span for every cell; `known` is filled and read."""
+    known = {} if known is None else known
+    schedule = costs.layout.rule(microbatches)
+    plans = _plans(costs.job.model, schedule.stages)
+    by_stage: dict[StageId, Plan] = {stage: plans[stage.index] for stage in schedule.rank_of}
+
+    def seconds(rank: int, cell: Cell) -> float:
+        key = tuple((chunk.kind, chunk.stage.index) for chunk in cell)
+        if key not in known:
+            known[key] = cell_seconds(costs, cell, by_stage)
+        return known[key]
+
+    return schedule, simulate(schedule, seconds, costs.send_s)
 
 
 def few(layout: Layout, microbatches: int) -> tuple[int, int]:
@@ -309,7 +312,7 @@ def drawn_on(run: Callable[[int], float], layout: Layout, microbatches: int) -> 
 def what_would_fit(job: Job, hardware: Hardware, gpus: int, pins: Pins, routing: Routing = UNIFORM) -> str:
     """For an error: the next larger number of cards on which the job fits, if any."""
     free = replace(pins, data=0)
-    for factor in (2, 4, 8, 16, 32, 64):
+    for factor in (2, 4, 8, 16, 32, 64, 128, 256, 512):
         try:
             fitting, _ = fitting_layouts(job, hardware, gpus * factor, free, routing)
         except ConfigError:
