@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "import": "make a run of a folder in the released checkpoint format",
     "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
+    "plan": "which layout, how long, how much: a run on a cluster, predicted",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
 }
