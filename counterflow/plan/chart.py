@@ -32,7 +32,7 @@ def stacked(names: Sequence[str], bars: Mapping[str, Sequence[float]], limit: fl
         top += LINE
     at = LEFT + limit * scale
     lines.append(
-        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="26" y2="{top:g}" stroke="currentColor" stroke-width="2"/>'
+        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="26" y2="{top:g}" style="stroke:currentColor" stroke-width="2"/>'
     )
     lines.append(
         f'<text x="{at - 4:.1f}" y="{top + 12:g}" text-anchor="end">{limit:.3g} {escape(unit)}</text>'
@@ -72,7 +72,7 @@ def _grid(xs: Sequence[float], most: float, place: Place, bottom: float) -> Iter
         yield f'<text x="{across:.1f}" y="{bottom + 16:g}" text-anchor="middle">{x:g}</text>'
     for part in range(5):
         _, down = place(xs[0], most * part / 4)
-        yield f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{down:.1f}" y2="{down:.1f}" stroke="#8884"/>'
+        yield f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{down:.1f}" y2="{down:.1f}" style="stroke:#8884"/>'
         yield f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{100 * most * part / 4:.3g} %</text>'
 
 
@@ -87,6 +87,9 @@ def _legend(names: Sequence[str], top: float) -> Iterator[str]:
 def _svg(lines: Sequence[str], height: float) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height:g}" viewBox="0 0 {WIDTH} '
-        f'{height:g}" font-family="sans-serif" font-size="11" color="#555" fill="currentColor">'
+        f'{height:g}" font-family="sans-serif" font-size="11" color="#777">'
     )
-    return "\n".join([head, *lines, "</svg>"]) + "\n"
+    inked = (
+        line.replace("<text ", '<text style="fill:currentColor" ') for line in lines
+    )  # above a page's own rules
+    return "\n".join([head, *inked, "</svg>"]) + "\n"

@@ -41,6 +41,8 @@ class Card:
     launch_s: float
     """Of the host, for one kernel."""
     source: str
+    reserved_bytes: float = 1.5e9
+    """Taken by the context, libraries' workspaces and NCCL before any tensor; assumed."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ CARDS: Mapping[str, Card] = {
         watts=25,
         launch_s=6e-6,
         source="one core of a virtual AMD EPYC, products of 2048³ measured on two; measure yours (docs/PLANNER.md)",
+        reserved_bytes=0.4e9,
     ),
 }
 """Cards by name. To add one, add an entry with its source."""

@@ -3,7 +3,7 @@
 In flight is counted chunk by chunk through a rank's row: a forward begins to hold its stage's activations, the
 backward for input lets them go and holds what the weight gradients read, the backward for weights lets go of that. A
 pair's forward counts before its backward lets go, as `schedule.measure` counts. Not counted: fragmentation of the
-allocator, of which RESERVED is a part.
+allocator.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,6 @@ from counterflow.plan.cost import Costs, held_parameters, holders
 from counterflow.plan.work import Kept, stage_kept
 from counterflow.schedule.words import Kind, Part, Plan, Schedule, StageId
 
-RESERVED = 1.5e9
-"""Bytes of a GPU that its context, libraries' workspaces and NCCL take; assumed."""
 HEAD_BLOCK = 512 * 2**20
 """Bytes of fp32 logits made at once on a GPU (`kernels.head`), held about twice with their gradient."""
 
@@ -105,7 +103,7 @@ def _of_rank(
         activations=activations,
         transient=_transient(costs, parts),
         buffers=_buffers(costs, backend, Part.DISPATCH in parts),
-        reserved=RESERVED if costs.hardware.card.multiprocessors else 0.3e9,
+        reserved=costs.hardware.card.reserved_bytes,
         peak_cell=cell,
     )
 
