@@ -30,6 +30,7 @@ from counterflow.plan.cost import Costs, predict
 from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Layout, job_of
 from counterflow.plan.memory import memory
+from counterflow.train import loop
 from counterflow.train.provenance import provenance
 
 SCHEDULES = ("dualpipe", "zb1p", "1f1b")
@@ -48,7 +49,8 @@ def mean(act: Callable[[], object], least_s: float = 0.5) -> float:
 
 
 def rates(precision: str) -> dict[str, float]:
-    """What one process with one thread reaches beside the other."""
+    """What one process with one thread reaches beside the other, and what it holds before it trains."""
+    loop.keep_freed_memory()
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     x, weight = torch.randn(1024, 256).to(kind), torch.randn(512, 256).to(kind)
     product = 2 * 1024 * 256 * 512 / mean(lambda: x @ weight.t())

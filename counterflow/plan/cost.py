@@ -202,10 +202,10 @@ def _parameters(model: ModelConfig, parts: frozenset[tuple[Part, int]], expert: 
                 sparse += experts * 3 * width * model.moe_intermediate_size
         elif part is Part.MERGE:
             dense += 2 * width * width + 3 * width
-    tables = ({part for part, _ in parts} & {Part.EMBED, Part.MERGE} != set()) + any(
-        p is Part.HEAD for p, _ in parts
-    )
-    return dense + tables * model.vocab_size * width, sparse
+    heads = [layer for part, layer in parts if part is Part.HEAD]
+    embeds = any(part in (Part.EMBED, Part.MERGE) for part, _ in parts)
+    dense += (embeds + bool(heads)) * model.vocab_size * width + (0 in heads) * width
+    return dense, sparse
 
 
 def update(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...]) -> Update:

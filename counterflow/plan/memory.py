@@ -1,9 +1,9 @@
 """Bytes on every rank: what stays, what a schedule keeps in flight, what transfers need; the peak, and when it is.
 
 In flight is counted chunk by chunk through a rank's row: a forward begins to hold its stage's activations, the
-backward for input lets them go and holds what the weight gradients read, the backward for weights lets go of that. A
-pair's forward counts before its backward lets go, as `schedule.measure` counts. Not counted: fragmentation of the
-allocator.
+backward for input changes them, layer by layer, for what the weight gradients read, and the backward for weights
+lets go of that. A pair's forward counts before its backward lets go, as `schedule.measure` counts. Not counted:
+fragmentation of the allocator.
 """
 
 from collections.abc import Mapping
@@ -154,10 +154,11 @@ def _cached(schedule_key: "_ByName", rank: int) -> tuple[InFlight, ...]:
     for place, cell in enumerate(schedule.rows[rank]):
         for chunk in sorted(cell, key=lambda chunk: chunk.kind is not Kind.F):
             held = now[chunk.stage]
-            held[0] += chunk.kind is Kind.F
+            held[0] += {Kind.F: 1, Kind.I: -1}.get(chunk.kind, 0)
             held[1] += chunk.kind is Kind.I
-            seen.setdefault(tuple((stage, whole, owed) for stage, (whole, owed) in now.items()), place)
-            held[0] -= chunk.kind in (Kind.I, Kind.B)
+            state = tuple((stage, whole, owed) for stage, (whole, owed) in now.items())
+            seen.setdefault(state, place)
+            held[0] -= chunk.kind is Kind.B
             held[1] -= chunk.kind is Kind.W
     return tuple(InFlight(counts, place) for counts, place in _largest(seen))
 

@@ -256,7 +256,8 @@ def kept(load: Workload, part: Part, moe: bool) -> Kept:
         grads = (sizes.latents + sizes.queries + sizes.contents + sizes.values + width) * bytes_.cached
         whole = 2 * width * bytes_.hidden + sizes.values * bytes_.attended + 4 * model.num_heads
         if recompute == "none":
-            made = 2 * sizes.latents + 2 * sizes.queries + sizes.contents + 2 * sizes.values + width
+            normalised = width + model.q_lora_rank + model.kv_lora_rank
+            made = normalised + sizes.latents + 2 * sizes.queries + sizes.contents + sizes.values
             whole += made * bytes_.hidden
         elif recompute == "layer":
             whole = width * bytes_.hidden
