@@ -1,10 +1,12 @@
 """Is the planner right about what this machine can run? tiny on two CPU processes, predicted and then trained.
 
 First both processes measure at once what the planner needs (products, passes, attention, launches, the link), each with
-one thread, as training has them; then the step and the memory are predicted from that; then the run is trained for some
-steps under each schedule. Rates are means and so is what is predicted; the median step is held against it.
+one thread, as training has them; then step and memory are predicted from that; then the run is trained under each
+schedule. Computation is timed in processor seconds, in the rates as in training, so that other work on the machine
+hardly enters: a long run less a short one leaves the steps between them. Steps by the clock are shown beside, with the
+machine's load, since on a busy machine they say more of it than of the planner.
 
-python bench/plan_tiny.py --steps 12 --folder records/DATE-plan/tiny
+python bench/plan_tiny.py --folder records/DATE-plan/tiny
 """
 
 import argparse
@@ -38,14 +40,22 @@ LINK = 4 << 20
 """Floats that are summed over both processes."""
 
 
-def mean(act: Callable[[], object], least_s: float = 0.5) -> float:
-    """Mean seconds of as many runs as fill some time: what else the machine does is in it, as it is in training."""
+def mean(act: Callable[[], object], least_s: float = 0.4) -> float:
+    """Mean processor seconds of as many runs as fill some time."""
     act()
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < least_s or runs < 3:
+    start, runs = time.process_time(), 0
+    while time.process_time() - start < least_s:
         act()
         runs += 1
-    return (time.perf_counter() - start) / runs
+    return (time.process_time() - start) / runs
+
+
+def exchanged(act: Callable[[], object], repeats: int = 5) -> float:
+    """Mean seconds by the clock; both processes do it as often."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        act()
+    return (time.perf_counter() - start) / repeats
 
 
 def rates(precision: str) -> dict[str, float]:
@@ -64,7 +74,7 @@ def rates(precision: str) -> dict[str, float]:
     launch = mean(lambda: [small.add_(1.0) for _ in range(100)]) / 100
     flat = torch.zeros(LINK)
     link = (
-        LINK * 4 / mean(lambda: dist.all_reduce(flat), 0.0)
+        LINK * 4 / exchanged(lambda: dist.all_reduce(flat))
     )  # half there and half back, for a sum and a gather
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -108,8 +118,8 @@ collective = 1.0
 """
 
 
-def trained(schedule: str, steps: int, folder: str, precision: str) -> tuple[list[float], float]:
-    """Seconds of the steps after the first two, and the largest process's peak bytes."""
+def trained(schedule: str, steps: int, folder: str, precision: str) -> tuple[float, list[float], float]:
+    """Processor seconds of all processes, seconds of the steps after the first two, largest process's peak bytes."""
     words = [
         f"parallel.schedule={schedule}",
         f"train.tokens={steps * 16 * 256}",
@@ -117,11 +127,37 @@ def trained(schedule: str, steps: int, folder: str, precision: str) -> tuple[lis
     ]
     words += [f"keep.folder={folder}/{schedule}", "keep.resume=never", "keep.checkpoint_every=1000"]
     words += [f"parallel.record_step={10 * steps}"]
-    subprocess.run([sys.executable, "-m", "counterflow", "train", "tiny", *words], check=True, timeout=500)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
+    subprocess.run(command, check=True, timeout=500, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     lines = (Path(folder) / schedule / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     seconds = [line["step_seconds"] for line in found if "step_seconds" in line][2:]
-    return seconds, max(line.get("memory_bytes", 0) for line in found)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return used, seconds, max(line.get("memory_bytes", 0) for line in found)
+
+
+def compared(
+    schedule: str, costs: Costs, steps: tuple[int, int], folder: str, precision: str
+) -> dict[str, object]:
+    """Prediction and measurement of a schedule."""
+    step = predict(costs)
+    peak = max(one.total for one in memory(costs, step.schedule, step.plans))
+    busy = sum(span.end - span.start for span in step.spans) + step.schedule.ranks * step.update.adam_s
+    short, _, _ = trained(schedule, steps[0], folder, precision)
+    whole, seconds, resident = trained(schedule, steps[1], folder, precision)
+    used = (whole - short) / (steps[1] - steps[0])
+    clock = statistics.median(seconds)
+    print(
+        f"{schedule:9} processor predicted {busy:.3f} s a step, measured {used:.3f}: {busy / used - 1:+.0%}; clock "
+        f"{step.seconds:.3f} and {clock:.3f}: {step.seconds / clock - 1:+.0%}; memory {peak / 1e6:.0f} and "
+        f"{resident / 1e6:.0f} MB: {peak / resident - 1:+.0%}",
+        flush=True,
+    )
+    predicted = {"processor_s": busy, "step_s": step.seconds, "bytes": peak}
+    measured = {"processor_s": used, "steps_s": seconds, "bytes": resident}
+    return {"schedule": schedule, "predicted": predicted, "measured": measured, "load": os.getloadavg()}
 
 
 def main() -> None:
@@ -129,39 +165,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=(3, 13), help="of the short and of the long run"
+    )
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
-    run, rows = load_run("tiny"), []
+    job = job_of(load_run("tiny"), arguments.precision)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (arguments.precision, folder), nprocs=2)
         both = [json.loads((Path(folder) / f"rates-{rank}.json").read_text()) for rank in (0, 1)]
-        found = {name: statistics.mean(one[name] for one in both) for name in both[0]}
-        text = hardware_toml(found, arguments.precision)
+        text = hardware_toml(
+            {name: statistics.mean(one[name] for one in both) for name in both[0]}, arguments.precision
+        )
         file = Path(folder) / "cpu.toml"
         file.write_text(text)
         print(text)
+        rows = []
         for schedule in SCHEDULES:
-            costs = Costs(
-                job_of(run, arguments.precision), Layout(2, 1, 1, 4, schedule), hardware(file=str(file))
-            )
-            step = predict(costs)
-            peak = max(one.total for one in memory(costs, step.schedule, step.plans))
-            seconds, resident = trained(schedule, arguments.steps, folder, arguments.precision)
-            row = {"schedule": schedule, "predicted_s": step.seconds, "measured_s": seconds}
-            rows.append(row | {"predicted_bytes": peak, "measured_bytes": resident})
-            median = statistics.median(seconds)
-            error, more = step.seconds / median - 1, peak / resident - 1
-            print(
-                f"{schedule:9} step predicted {step.seconds:.3f} s, measured {median:.3f} s (median): {error:+.0%};",
-                end=" ",
-            )
-            print(f"memory {peak / 1e6:.0f} of {resident / 1e6:.0f} MB: {more:+.0%}", flush=True)
+            costs = Costs(job, Layout(2, 1, 1, 4, schedule), hardware(file=str(file)))
+            rows.append(compared(schedule, costs, tuple(arguments.steps), folder, arguments.precision))
     if arguments.folder:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         (arguments.folder / "cpu.toml").write_text(text)
-        raw = {"rates": both, "rows": rows, "machine": provenance(), "load": os.getloadavg()}
+        raw = {"rates": both, "rows": rows, "machine": provenance()}
         (arguments.folder / "raw.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 

@@ -37,6 +37,7 @@ def page(answer: Answer, name: str) -> str:
         f"<h2>Layouts, the best first</h2>{_table(report.layouts(answer))}{_fell_out(answer)}",
         f"<h2>One step of the first</h2>{_table(report.step_rows(answer))}",
         f"<h2>Its schedule</h2>{_timeline(answer)}",
+        f"<h2>One layer with experts, op by op</h2>{_table(report.op_rows(answer))}",
         f"<h2>Memory by rank at its peak</h2>{_memory(answer)}",
         f"<h2>The whole run</h2>{_table(report.price_rows(answer))}",
         f"<h2>Assumptions</h2>{_assumptions(answer)}",
@@ -77,7 +78,8 @@ def _fell_out(answer: Answer) -> str:
     reasons = "".join(
         f"<li>{times} × {escape(reason)}</li>" for reason, times in answer.found.fell_out.most_common()
     )
-    return f'<p class="note">{answer.found.fitting} layouts fit. Others fell out:</p><ul class="note">{reasons}</ul>'
+    fit = report.fitting(answer.found.fitting)
+    return f'<p class="note">{fit}. Others fell out:</p><ul class="note">{reasons}</ul>'
 
 
 def _timeline(answer: Answer) -> str:

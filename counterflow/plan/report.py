@@ -7,6 +7,8 @@ from typing import Any
 from counterflow.plan import count
 from counterflow.plan.answer import Answer
 from counterflow.plan.memory import Memory
+from counterflow.plan.work import kept
+from counterflow.schedule.words import TRANSFERS, Kind, Part
 from counterflow.units import bytes_, seconds
 from counterflow.units import count as number
 
@@ -33,6 +35,7 @@ def terminal(answer: Answer) -> str:
         "Layouts, the best first; simulated cell by cell:\n" + aligned(layouts(answer)),
         _why_not(answer),
         "One step of the first, simulated op by op:\n" + aligned(step_rows(answer)),
+        "One layer with experts, op by op, for one micro-batch on one rank:\n" + aligned(op_rows(answer)),
         "Memory by rank at its peak:\n" + aligned(memory_rows(answer.memory)),
         "The whole run:\n" + aligned(price_rows(answer)),
         "Assumptions:\n" + aligned(assumption_rows(answer)),
@@ -73,7 +76,13 @@ def layouts(answer: Answer) -> list[list[str]]:
 
 def _why_not(answer: Answer) -> str:
     reasons = [f"{times} × {reason}" for reason, times in answer.found.fell_out.most_common()]
-    return f"{answer.found.fitting} layouts fit; others fell out: {'; '.join(reasons)}." if reasons else ""
+    fit = fitting(answer.found.fitting)
+    return f"{fit}; others fell out: {'; '.join(reasons)}." if reasons else ""
+
+
+def fitting(count: int) -> str:
+    """In words."""
+    return f"{count} layout{'s fit' if count != 1 else ' fits'}"
 
 
 def step_rows(answer: Answer) -> list[list[str]]:
@@ -100,6 +109,26 @@ def _mfu(answer: Answer) -> str:
     peak = "fp32" if answer.job.precision == "fp32" else "bf16"
     causal, full = answer.step.mfu(), answer.step.mfu(causal=False)
     return f"MFU {100 * causal:.1f} % causal, {100 * full:.1f} % not, of {peak}'s peak"
+
+
+def op_rows(answer: Answer) -> list[list[str]]:
+    """What the ops of a layer with experts do, move, keep and take, by themselves and beside a transfer."""
+    costs, model = answer.step.costs, answer.job.model
+    table = [["op", "FLOP", "passes", "sent", "kept", "alone", "beside", ""]]
+    for part in (Part.ATTN, Part.DISPATCH, Part.MLP, Part.COMBINE):
+        for kind in (Kind.F, Kind.I, *(() if part in TRANSFERS else (Kind.W,))):
+            work, sent = costs.load(kind, part, model.num_layers - 1), "-"
+            if part in TRANSFERS and costs.layout.expert > 1:
+                volumes = costs.volumes(kind, part)
+                sent = f"{bytes_(volumes.network)} + {bytes_(volumes.nvlink)}"
+            holds = kept(costs.load, part, True)
+            keeps = {Kind.F: holds.whole, Kind.I: holds.owed}.get(kind, 0.0)
+            alone, beside = (costs.seconds(kind, part, model.num_layers - 1, near) for near in (False, True))
+            flops = number(work.products + work.wide + work.attention) if work.kernels else "-"
+            moved = bytes_(work.passes) if work.kernels else "-"
+            times = [f"{1e3 * alone:.3f} ms", f"{1e3 * beside:.3f} ms"]
+            table.append([f"{part} {kind}", flops, moved, sent, bytes_(keeps) if keeps else "-", *times, ""])
+    return table
 
 
 def memory_rows(every: Sequence[Memory]) -> list[list[str]]:

@@ -30,10 +30,7 @@ class Work(NamedTuple):
     """Bytes of weights read."""
     passes: float = 0.0
     """Bytes read and written outside of products."""
-    kernels: int = 0
-
-    def __add__(self, other: tuple) -> "Work":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Work(*(mine + theirs for mine, theirs in zip(self, other)))
+    kernels: float = 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,9 @@ def _sizes(model: ModelConfig, expert_ranks: int, routing: Routing) -> Sizes:
 def _work(load: Workload, kind: Kind, part: Part, moe: bool) -> Work:
     made = _PARTS[part](load, kind, moe)
     recomputed = load.layout.recompute == "layer" and kind is Kind.I and part in (Part.ATTN, Part.MLP)
-    return made + _PARTS[part](load, Kind.F, moe) if recomputed else made
+    if not recomputed:
+        return made
+    return Work(*(own + again for own, again in zip(made, _PARTS[part](load, Kind.F, moe))))
 
 
 def _attn(load: Workload, kind: Kind, moe: bool) -> Work:
@@ -159,35 +158,34 @@ def _attn(load: Workload, kind: Kind, moe: bool) -> Work:
 
 
 def _mlp(load: Workload, kind: Kind, moe: bool) -> Work:
-    sizes, model, tokens, bytes_ = load.sizes, load.job.model, load.tokens, load.job.bytes_of
-    width, inner, operand, wide = (
-        model.hidden_size,
-        model.moe_intermediate_size,
-        bytes_.operand,
-        bytes_.hidden,
-    )
-    if not moe:
-        weights = 3 * width * model.dense_intermediate_size
-        rows, middle = 1.0, float(model.dense_intermediate_size)
-        passes = tokens * (2 * width * wide + 4 * middle * wide + 2 * middle * operand)
-        return Work(2 * tokens * weights, 0.0, 0.0, weights * operand, passes, 8 if kind is Kind.F else 12)
-    rows, middle = sizes.pairs, sizes.pairs * inner + sizes.shared
-    weights = model.num_routed_experts // load.layout.expert * sizes.expert + 3 * width * sizes.shared
-    product = 2 * tokens * (sizes.pairs * sizes.expert + 3 * width * sizes.shared)
-    home = (sizes.arrived + 4) * width * wide
-    passes = {
-        Kind.F: 3 * rows * width * operand
-        + 2 * rows * width * wide
-        + home
-        + middle * (4 * wide + 2 * operand),
-        Kind.I: 3 * rows * width * operand
-        + 2 * rows * width * wide
-        + home
-        + middle * (6 * wide + 3 * operand),
-        Kind.W: 4 * rows * width * operand + middle * 6 * operand,
+    return _experts(load, kind) if moe else _dense(load, kind)
+
+
+def _dense(load: Workload, kind: Kind) -> Work:
+    model, bytes_ = load.job.model, load.job.bytes_of
+    inner = model.dense_intermediate_size
+    weights = 3 * model.hidden_size * inner
+    passes = 2 * (model.hidden_size + 2 * inner) * bytes_.hidden + 2 * inner * bytes_.operand
+    kernels = 8 if kind is Kind.F else 12
+    return Work(2 * load.tokens * weights, 0.0, 0.0, weights * bytes_.operand, load.tokens * passes, kernels)
+
+
+def _experts(load: Workload, kind: Kind) -> Work:
+    """Shared and routed: rows are gathered to pairs, multiplied, gated, multiplied and summed back to rows."""
+    sizes, model, bytes_ = load.sizes, load.job.model, load.job.bytes_of
+    width, operand, wide = model.hidden_size, bytes_.operand, bytes_.hidden
+    shared = 3 * width * sizes.shared
+    product = 2 * load.tokens * (sizes.pairs * sizes.expert + shared)
+    weights = model.num_routed_experts // load.layout.expert * sizes.expert + shared
+    middle = sizes.pairs * model.moe_intermediate_size + sizes.shared
+    rows = sizes.pairs * width * (3 * operand + 2 * wide) + (sizes.arrived + 4) * width * wide
+    passes, kernels = {
+        Kind.F: (rows + middle * (4 * wide + 2 * operand), 16),
+        Kind.I: (rows + middle * (6 * wide + 3 * operand), 24),
+        Kind.W: ((4 * sizes.pairs * width + 6 * middle) * operand, 8),
     }[kind]
     read = weights * (8 if kind is Kind.W else operand)  # a weight gradient is read and written in fp32
-    return Work(product, 0.0, 0.0, read, tokens * passes, {Kind.F: 16, Kind.I: 24, Kind.W: 8}[kind])
+    return Work(product, 0.0, 0.0, read, load.tokens * passes, kernels)
 
 
 def _embed(load: Workload, kind: Kind, moe: bool) -> Work:

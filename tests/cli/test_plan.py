@@ -1,6 +1,7 @@
 """`counterflow plan` as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +13,8 @@ import pytest
 from counterflow.cli import main
 from counterflow.config.load import load_run
 from counterflow.plan.layout import require_layout
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 
 pytestmark = pytest.mark.pure
 SMALL = ["small", "--gpus", "4", "--card", "h100", "--expert", "1", "--micro-batch", "4"]
@@ -151,3 +154,29 @@ def test_help_and_no_torch(capsys):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=root)
     assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium here: the page is only parsed")
+def test_a_real_browser_draws_the_page(capsys, tmp_path):
+    """It reads the page as it stands and lays out every box and bar: none is left without a size."""
+    path = tmp_path / "plan.html"
+    assert main(["plan", *SMALL, "--pipeline", "2", "--schedule", "zb1p", "--html", str(path)]) == 0
+    text = path.read_text()
+    probe = (
+        "<script>const boxes = [...document.querySelectorAll('svg, table, h2')].map(x => x.getBoundingClientRect());"
+        "document.title = boxes.length + ' ' + boxes.filter(b => b.width < 1 || b.height < 1).length + ' ' +"
+        "document.querySelectorAll('svg rect').length + ' ' + (document.body.scrollWidth <= innerWidth)</script>"
+    )
+    path.write_text(text.replace("</body>", f"{probe}</body>"))
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1200,900",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    done = subprocess.run([BROWSER, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    boxes, empty, drawn, fits = done.stdout.split("<title>")[1].split("</title>")[0].split()
+    assert int(boxes) >= 12 and empty == "0" and fits == "true"
+    assert int(drawn) == text.count("<rect")

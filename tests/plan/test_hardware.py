@@ -1,5 +1,7 @@
 """Cards and links: their sources, and a user's own numbers."""
 
+from pathlib import Path
+
 import pytest
 
 from counterflow.errors import ConfigError
@@ -30,6 +32,14 @@ def test_a_users_file_replaces_single_numbers_and_says_so(tmp_path):
     assert mine.card.bf16_flops == 7e14 and mine.card.memory_bytes == CARDS["h200"].memory_bytes
     assert mine.fabric == FABRICS["roce400"] and mine.efficiencies.network == 0.5
     assert mine.measured == ("card.bf16_flops", "efficiencies.network")
+
+
+def test_the_example_of_the_page_can_be_read(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "PLANNER.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(page.split("```toml")[1].split("```")[0])
+    mine = hardware(file=str(path))
+    assert mine.card.gpus_per_node == 4 and "efficiencies.bf16_product" in mine.measured
 
 
 @pytest.mark.parametrize(
