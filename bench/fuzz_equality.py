@@ -11,8 +11,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.progress import track
 
+from counterflow.benchmark import equality_experts
 from counterflow.benchmark.equality import Layout, compare, draw, small_model
 from counterflow.schedule import SCHEDULES
 
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     generator = random.Random(arguments.seed)
     cases = [draw(generator) for _ in range(arguments.draws)] + (grid() if arguments.grid else [])
     rows = []
@@ -43,7 +46,11 @@ def main() -> int:
         stages = SCHEDULES[layout.schedule](layout.ranks, 4 * layout.ranks).stages
         start, failure, worst = time.perf_counter(), "", {}
         try:
-            worst = compare(layout, small_model(stages, depth, number), number)
+            model = small_model(stages, depth, number)
+            if layout.expert == 1:
+                worst = compare(layout, model, number)
+            else:
+                worst = {"shared": equality_experts.compare(layout, model.double(), number)}
         except AssertionError as error:
             failure = str(error).splitlines()[0]
             print(f"FAILED: {layout}: {failure}")
@@ -62,6 +69,7 @@ def main() -> int:
         "MTP": sum(row["depth"] >= 1 for row in drawn),
         "uneven plans": sum(bool(row["placement"]) for row in drawn),
         "recomputation": sum(row["recompute"] != "none" for row in drawn),
+        "shared experts": sum(row["expert"] > 1 for row in drawn),
         "data ranks": sum(row["data_ranks"] > 1 for row in drawn),
     }
     failed = sum(bool(row["failure"]) for row in rows)

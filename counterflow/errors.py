@@ -28,6 +28,10 @@ class CheckpointError(CounterflowError):
     """A checkpoint that is missing, truncated, of another model, or cannot be written."""
 
 
+class RequestError(CounterflowError):
+    """A request for text that cannot be served: an impossible setting, a prompt that is empty or too long."""
+
+
 class ScheduleError(CounterflowError):
     """A schedule that cannot be: a wrong number of ranks or micro-batches, or cells that do not fit together."""
 

@@ -30,10 +30,11 @@ FLOORS = {
     "infer": 5,
     "evaluate": 6,
     "benchmark": 6,
+    "serve": 6,
     "cli": 7,
     "__main__": 8,
 }
-ALONE = {"tyro": "cli"}
+ALONE = {"tyro": "cli", "fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve"}
 """Libraries that one room alone imports."""
 STANDARD_ONLY = ("errors", "units", "config", "schedule")
 TORCH_FREE = (*STANDARD_ONLY, "plan")

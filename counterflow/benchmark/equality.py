@@ -48,6 +48,10 @@ class Layout:
     placement: str = ""
     recompute: str = "none"
     stages_per_rank: int | None = None
+    expert: int = 1
+    """Data ranks that share experts; above 1 it is `equality_experts` that compares."""
+    dispatch: str = "collective"
+    node_ranks: int = 0
 
 
 SMALL = replace(
@@ -95,19 +99,32 @@ def draw(generator: random.Random) -> tuple[Layout, int]:
     microbatches = least + (generator.randrange(3) * (ranks if name.startswith("inter") else 2))
     data_ranks = generator.choice((1, 1, 2, 3))
     placement = random_placement(generator, stages, depth) if generator.random() < 0.5 else ""
-    return (
-        Layout(
-            name,
-            ranks,
-            microbatches,
-            data_ranks,
-            micro_batch_size=generator.choice((1, 2)),
-            length=generator.choice((5, 8, 12)),
-            mtp_weight=generator.choice((0.3, 0.3, 0.3, 0.0)),
-            placement=placement,
-            recompute=generator.choice(("none", "attention")),
-        ),
-        depth,
+    layout = Layout(
+        name,
+        ranks,
+        microbatches,
+        data_ranks,
+        micro_batch_size=generator.choice((1, 2)),
+        length=generator.choice((5, 8, 12)),
+        mtp_weight=generator.choice((0.3, 0.3, 0.3, 0.0)),
+        placement=placement,
+        recompute=generator.choice(("none", "attention")),
+    )
+    return with_shared_experts(generator, layout) if generator.random() < 0.35 else layout, depth
+
+
+def with_shared_experts(generator: random.Random, layout: Layout) -> Layout:
+    """The layout with two or four data ranks that share experts, flat or over two hops, and at most four rows."""
+    expert = generator.choice((2, 2, 4))
+    blocks = generator.choice((1, 1, 2)) if expert == 2 else 1
+    dispatch = generator.choice(("collective", "two_hop"))
+    node = generator.choice([size for size in (1, 2, 4) if expert % size == 0])
+    return replace(
+        layout,
+        data_ranks=expert * blocks,
+        expert=expert,
+        dispatch=dispatch,
+        node_ranks=node if dispatch == "two_hop" else 0,
     )
 
 
@@ -193,11 +210,12 @@ def run_pipeline(
     return results
 
 
-def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, float]:
+def compare(layout: Layout, model: Transformer, seed: int = 0, bound: float = 0.0) -> dict[str, float]:
     """Largest difference of losses and gradients between both ways, relative to the gradient's largest; 0.0 is exact.
 
-    Fails (AssertionError) where a difference is above its bound: none for sums of equal order, else 1e-5 of the
-    largest in fp32, which some hundred roundings of 6e-8 stay far below.
+    Fails (AssertionError) where a difference is above its bound: `bound` for sums of equal order, which is 0 unless
+    the device's own sums have none; else 1e-5 of the largest in fp32, which some hundred roundings of 6e-8 stay far
+    below.
     """
     config = model.config
     parallel = Parallel(layout.ranks, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank or 0)
@@ -206,7 +224,7 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, floa
     if not layout.mtp_weight:
         plans = tuple(without_mtp(plan, config) for plan in plans)
     model.recompute = layout.recompute
-    settings, samples = settings_of(layout), samples_of(layout, config, seed)
+    settings, samples = settings_of(layout), samples_of(layout, config, seed).to(model.head.device)
     worst = {"exact": 0.0, "summed": 0.0}
     totals: dict[str, list[Tensor]] = {}
     expected: dict[str, list[Tensor]] = {}
@@ -221,9 +239,9 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> dict[str, floa
         for pipe, count in enumerate(schedule.microbatches):
             gradients, sums = run_plain(model, samples[data_rank, start : start + count], settings)
             start += count
-            _compare_pipe(schedule, plans, pipe, results, gradients, sums, worst)
+            _compare_pipe(schedule, plans, pipe, results, (gradients, sums), worst, bound)
             _append(expected, gradients)
-    worst["summed"] = _compare_sums(totals, expected)
+    worst["summed"] = _compare_sums(totals, expected, bound)
     return worst
 
 
@@ -232,13 +250,15 @@ def _append(lists: dict[str, list[Tensor]], values: Gradients) -> None:
         lists.setdefault(name, []).append(value)
 
 
-def _compare_sums(totals: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]]) -> float:
+def _compare_sums(
+    totals: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]], least: float
+) -> float:
     """The largest error of the gradients summed over all that hold a weight."""
     worst = 0.0
     for name, values in totals.items():
-        error = _error(torch.stack(values).sum(0), torch.stack(expected[name]).sum(0))
+        error = relative_error(torch.stack(values).sum(0), torch.stack(expected[name]).sum(0))
         worst = max(worst, error)
-        bound = 1e-5 if values[0].dtype == torch.float32 else 1e-11
+        bound = max(least, 1e-5 if values[0].dtype == torch.float32 else 1e-11)
         assert error < bound, f"the summed gradient of {name} is off by {error:.2e}"
     return worst
 
@@ -248,29 +268,29 @@ def _compare_pipe(
     plans: tuple[Plan, ...],
     pipe: int,
     results: list[RankResult],
-    gradients: Gradients,
-    sums: Sums,
+    plain: tuple[Gradients, Sums],
     worst: dict[str, float],
+    bound: float,
 ) -> None:
     """Every weight of the pipe's stages bit for bit on the rank that holds it, and the losses there."""
+    gradients, sums = plain
     for stage, rank in schedule.rank_of.items():
         if stage.pipe != pipe:
             continue
         mine = results[rank]
-        own = _names(mine, stage.index, plans)
+        own = named_here(mine, stage.index, plans)
         for name in own:
-            error = _error(mine.gradients[name], gradients[name])
+            error = relative_error(mine.gradients[name], gradients[name])
             worst["exact"] = max(worst["exact"], error)
-            assert torch.equal(mine.gradients[name], gradients[name]), (
-                f"{name} at stage {stage}: off by {error:.2e}"
-            )
+            same = torch.equal(mine.gradients[name], gradients[name])
+            assert same or error < bound, f"{name} at stage {stage}: off by {error:.2e}"
         both_pipes = len(schedule.held(rank)) > 1 and schedule.pipes > 1
         for part, index in plans[stage.index]:
             if part == "HEAD" and not both_pipes:
                 assert torch.equal(mine.sums.nll[index], sums.nll[index]), f"loss of depth {index} differs"
 
 
-def _names(result: RankResult, index: int, plans: tuple[Plan, ...]) -> list[str]:
+def named_here(result: RankResult, index: int, plans: tuple[Plan, ...]) -> list[str]:
     """The weights that only this stage of the model uses, by the prefix of its layers."""
     prefixes = []
     layers = sum(name.endswith("attn_norm.weight") and name.startswith("layers") for name in result.gradients)
@@ -284,6 +304,7 @@ def _names(result: RankResult, index: int, plans: tuple[Plan, ...]) -> list[str]
     return [name for name in result.gradients if name.startswith(tuple(prefixes))]
 
 
-def _error(one: Tensor, other: Tensor) -> float:
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest element of the second."""
     scale = other.abs().max().item() or 1.0
     return (one - other).abs().max().item() / scale

@@ -54,7 +54,12 @@ class SlowWire:
     def _carry(self, call: Pending[Value]) -> Pending[Value]:
         value = call.wait()
         self._free = deadline = max(time.perf_counter(), self._free) + self._seconds
-        pending = Pending(value, lambda: self._wait_until(deadline))
+
+        def finish() -> Value:
+            self._wait_until(deadline)
+            return value
+
+        pending = Pending(finish)
         if self._in_turn:
             pending.wait()
         return pending

@@ -14,11 +14,13 @@ from counterflow.errors import ConfigError, CounterflowError, nearest
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
-    "generate": "sample text from a trained run or an exported model",
+    "generate": "write text with a trained run or an exported model",
+    "serve": "serve a model by OpenAI's API, with a page to try it",
     "export": "write a run as a folder in the released checkpoint format",
     "import": "make a run of a folder in the released checkpoint format",
     "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
+    "plan": "which layout, how long, how much: a run on a cluster, predicted",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
 }

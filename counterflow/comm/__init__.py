@@ -1,9 +1,16 @@
-"""Meshes, lanes, channels, dispatch. Here only the table of backends: to add one, a file and a line."""
+"""Meshes, channels, dispatch. Here only the table of backends: to add one, a file and a line."""
 
 from collections.abc import Callable, Mapping
 
+from counterflow.comm.collective import collective
 from counterflow.comm.dispatch import Dispatcher
 from counterflow.comm.local import Local
-from counterflow.config.model import ModelConfig
+from counterflow.comm.peers import Peers
+from counterflow.comm.two_hop import two_hop
 
-DISPATCHERS: Mapping[str, Callable[[ModelConfig], Dispatcher]] = {"local": lambda config: Local()}
+DISPATCHERS: Mapping[str, Callable[[Peers, int, bool], Dispatcher]] = {
+    "local": lambda peers, num_experts, fp8: Local(),
+    "collective": collective,
+    "two_hop": two_hop,
+}
+"""By name: (peers, experts of a layer, FP8 on the wire) give this rank's dispatcher."""

@@ -16,7 +16,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Value = TypeVar("Value")
+Value = TypeVar("Value", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,24 @@ class Arrived:
 
 
 class Pending(Generic[Value]):
-    """A result under way."""
+    """A result under way: `finish` orders what follows behind the transfer and gives it. It is called once."""
 
-    def __init__(self, value: Value, wait: Callable[[], None] = lambda: None) -> None:
-        self._value, self._wait = value, wait
+    def __init__(self, finish: Callable[[], Value]) -> None:
+        self._finish: Callable[[], Value] | None = finish
+        self._value: Value | None = None
 
     def wait(self) -> Value:
         """The result, once whatever follows on the current stream may use it."""
-        self._wait()
-        return self._value
+        if self._finish is not None:
+            self._value, self._finish = self._finish(), None
+        return self._value  # pyright: ignore[reportReturnType]
+
+
+def there(value: Value) -> Pending[Value]:
+    """A result that needs no waiting."""
+    pending = Pending(lambda: value)
+    pending.wait()
+    return pending
 
 
 @runtime_checkable

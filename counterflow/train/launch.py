@@ -90,7 +90,7 @@ def joined(run: RunConfig) -> Iterator[Mesh]:
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    yield Mesh(run.parallel.pipeline, run.parallel.data, rank, device)
+    yield Mesh(run.parallel.pipeline, run.parallel.data, rank, device, run.parallel.expert)
     dist.destroy_process_group()
 
 

@@ -261,7 +261,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
 def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> tuple[int, float]:
     """Step, measure and save until the end or a signal; the signal or 0, and seconds trained, earlier ones included."""
     keep, start, mesh = trainer.run.keep, time.perf_counter(), trainer.mesh
-    stopped = 0
+    stopped, collapses = 0, set()
     with ExitStack() as stack:
         stops = stack.enter_context(stop_signals())
         metrics = stack.enter_context(closing(Metrics(folder, trainer.steps))) if mesh.first else None
@@ -282,6 +282,8 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
             if metrics and (last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values):
                 metrics.write(values)
             if progress:
+                for line in collapsed(values, collapses):
+                    progress.note(line)
                 progress.update(values)
             stopped = max(mesh.everyone(stops[0] if stops else 0))
             if last or stopped or trainer.steps % keep.checkpoint_every == 0:
@@ -302,6 +304,20 @@ def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
     if trainer.mesh.first and trainer.pipeline.last:
         write_timeline(folder, *trainer.pipeline.last, spans)
     return values
+
+
+def collapsed(values: dict[str, Any], known: set[str]) -> Iterator[str]:
+    """A line for every layer whose routing has collapsed, more than half of its experts without a token; said once."""
+    for layer, counts in values["load"].items():
+        dead = sum(count == 0 for count in counts)
+        if 2 * dead <= len(counts):
+            known.discard(layer)
+        elif layer not in known:
+            known.add(layer)
+            yield (
+                f"step {values['step']}: routing of {layer} has collapsed, {dead} of {len(counts)} experts got no "
+                "token; raise train.bias_speed or lower train.lr.peak if it stays so"
+            )
 
 
 def evaluate(trainer: Trainer, most: int | None) -> dict[str, float]:

@@ -8,7 +8,8 @@ bf16 they are rounded from them after every step. Matrices decay, gains do not (
 choice), so a flat tensor has the decaying intervals first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from counterflow.comm.mesh import Group, Mesh
 from counterflow.config.run import Train
+from counterflow.model.experts import Shard
 from counterflow.train.piece import Piece
 
 ALIGNMENT = 16
@@ -25,6 +27,7 @@ NORM_ROW = 1024
 ALONE = Group((0,), 0)
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
+Shards = Mapping[str, Shard]
 
 
 class Interval(NamedTuple):
@@ -33,6 +36,8 @@ class Interval(NamedTuple):
     name: str
     start: int
     shape: torch.Size
+    shard: Shard
+    """Where its elements lie in the weight of that name, of which other ranks may hold the rest."""
 
     def of(self, flat: Tensor) -> Tensor:
         """The parameter's view of a flat tensor."""
@@ -43,19 +48,20 @@ class Interval(NamedTuple):
         total = self.shape.numel()
         first = min(max(self.start, start), self.start + total)
         last = max(min(self.start + total, start + len(shard)), first)
-        return Piece(
-            shard[first - start : last - start] if last > first else shard[:0], first - self.start, total
-        )
+        value = shard[first - start : last - start] if last > first else shard[:0]
+        return Piece(value, self.shard.offset + first - self.start, self.shard.total)
 
 
 class Bucket:
     """Parameters with the same holders, re-homed into flat tensors."""
 
-    def __init__(self, named: Named, group: Group, train: Train, device: torch.device) -> None:
+    def __init__(
+        self, named: Named, group: Group, train: Train, device: torch.device, shards: Shards
+    ) -> None:
         self.group = group
         named = sorted(named, key=lambda item: item[1].dim() == 1)
         parts = len(group.ranks)
-        self.intervals, decayed, total = _lay_out(named, NORM_ROW * parts)
+        self.intervals, decayed, total = _lay_out(named, shards, NORM_ROW * parts)
         size = total // parts
         self.start = size * group.index
         own = slice(self.start, self.start + size)
@@ -69,7 +75,8 @@ class Bucket:
             self.master = torch.zeros(size, device=device)
             for interval, (_, parameter) in zip(self.intervals, named):
                 piece = interval.within(self.master, self.start)
-                piece.value.copy_(parameter.data.flatten()[piece.offset : piece.offset + len(piece.value)])
+                first = piece.offset - interval.shard.offset
+                piece.value.copy_(parameter.data.flatten()[first : first + len(piece.value)])
         self.own_grad = self.grad[own]
         for interval, (_, parameter) in zip(self.intervals, named):
             parameter.data = interval.of(self.weights)
@@ -124,12 +131,14 @@ class Optimizer:
         device: torch.device,
         mesh: Mesh | None = None,
         groups: Sequence[tuple[Group, frozenset[str]]] = (),
+        shards: Shards = MappingProxyType({}),
     ) -> None:
-        """`groups` says which names the same ranks hold; without any, this process holds all."""
+        """`groups` says which names the same ranks hold; without any, this process holds all. `shards` names the
+        parameters that are a part of a larger weight."""
         self.clip_norm, self.mesh = train.clip_norm, mesh or Mesh()
         groups = groups or [(ALONE, frozenset(name for name, _ in named))]
         chosen = [(group, [item for item in named if item[0] in names]) for group, names in groups]
-        self.buckets = [Bucket(some, group, train, device) for group, some in chosen if some]
+        self.buckets = [Bucket(some, group, train, device, shards) for group, some in chosen if some]
         self._gains = [parameter for _, parameter in named if parameter.dim() == 1]
         self.round_weights()
 
@@ -204,11 +213,12 @@ class Optimizer:
         self.round_weights()
 
 
-def _lay_out(named: Named, multiple: int) -> tuple[list[Interval], int, int]:
+def _lay_out(named: Named, shards: Shards, multiple: int) -> tuple[list[Interval], int, int]:
     """Intervals in the given order, the end of the decayed ones, and the whole length, padding included."""
     intervals, start, decayed = [], 0, 0
     for name, parameter in named:
-        intervals.append(Interval(name, start, parameter.shape))
+        shard = shards.get(name, Shard(0, parameter.numel()))
+        intervals.append(Interval(name, start, parameter.shape, shard))
         start += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
         decayed = start if parameter.dim() > 1 else decayed
     return intervals, decayed, -(-start // multiple) * multiple

@@ -17,7 +17,7 @@ from counterflow.data.loader import Samples
 from counterflow.model.layer import Layer
 from counterflow.model.mtp import MtpModule
 from counterflow.model.rope import rope_table
-from counterflow.model.transformer import Transformer
+from counterflow.model.transformer import Transformer, keep_experts
 from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Stage, StepSettings, Sums
@@ -26,6 +26,7 @@ from counterflow.plan.stages import stage_plans, without_mtp
 from counterflow.schedule import forward_only
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.words import Part, Plan, Product, Schedule, StageId
+from counterflow.train.spread import holders_of
 
 
 class Pipelined:
@@ -40,6 +41,8 @@ class Pipelined:
             self.model = Transformer(run.model)
         mine = [part for stage in self.schedule.held(mesh.pipeline_rank) for part in self.plans[stage.index]]
         hold(self.model, mine)
+        if mesh.expert > 1:
+            keep_experts(self.model, mesh.expert_rank, mesh.expert)
         self.model.to_empty(device="cpu")
         self.model.rope = rope_table(run.model, run.model.max_positions)
         self._executors: dict[tuple[int, bool, bool], Executor] = {}
@@ -48,7 +51,7 @@ class Pipelined:
         """The schedule and all ranks' plans of the last step."""
 
     def groups(self) -> list[tuple[Group, frozenset[str]]]:
-        """The names that the same rows of ranks hold, with their group; the same list in order on every rank."""
+        """The names that the same ranks hold, with their group; the same list in order on every rank."""
         with torch.device("meta"):
             whole = Transformer(self.run.model)
         holders: dict[tuple[int, ...], set[str]] = {}
@@ -60,7 +63,7 @@ class Pipelined:
             users = parts_of(name, self.run.model.num_layers, self.run.model.num_mtp_modules)
             key = tuple(rank for rank, parts in enumerate(rows) if parts & users)
             holders.setdefault(key, set()).add(name)
-        return [(self.mesh.group(key), frozenset(holders[key])) for key in sorted(holders)]
+        return holders_of(self.mesh, holders)
 
     def step(
         self, samples: Samples, start: int, batch: int, mtp_weight: float, record: Recorder | None = None
@@ -89,12 +92,14 @@ class Pipelined:
         micro, data = self.run.train.micro_batch_size, self.mesh.data
         whole = len(places) // (micro * data) * micro
         mine = places[whole * self.mesh.data_rank : whole * (self.mesh.data_rank + 1)]
-        rest = places[whole * data :] if self.mesh.data_rank == 0 else []
-        sums = Sums()
-        for some, size in ((mine, micro), (rest, 1)):
+        rest, sums = places[whole * data :], Sums()
+        heard = sums if self.mesh.data_rank == 0 else Sums()
+        if heard is not sums and self.mesh.expert == 1:
+            rest = []  # who shares experts takes part where others count
+        for some, size, into in ((mine, micro, sums), (rest, 1, heard)):
             most = sum(self.schedule.microbatches) * size
             for start in range(0, len(some), most):
-                self._evaluate(samples, some[start : start + most], size, sums)
+                self._evaluate(samples, some[start : start + most], size, into)
         return sums
 
     def _evaluate(self, samples: Samples, places: Sequence[int], size: int, sums: Sums) -> None:

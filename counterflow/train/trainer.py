@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.mesh import Mesh
+from counterflow.comm.relay import Relay
 from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
 from counterflow.errors import NonFiniteError
-from counterflow.model.balance import max_violation, step_bias
+from counterflow.model.balance import load_entropy, max_violation, step_bias
 from counterflow.model.debts import Ledger
-from counterflow.model.transformer import Transformer, initialise, named_routers
+from counterflow.model.transformer import expert_shards, initialise, named_routers
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Sums
 from counterflow.plan.layout import require_layout
@@ -29,6 +30,7 @@ from counterflow.train.lr import Grain
 from counterflow.train.optim import Optimizer
 from counterflow.train.piece import Piece
 from counterflow.train.pipelined import Pipelined
+from counterflow.train.spread import holders_of, open_dispatcher, whole_model
 
 
 @dataclass
@@ -48,17 +50,18 @@ class Trainer:
     def __init__(self, run: RunConfig, samples: Samples, mesh: Mesh) -> None:
         self.run, self.samples, self.mesh, self.device = run, samples, mesh, mesh.device
         self.pipeline = Pipelined(run, mesh) if mesh.pipeline > 1 else None
-        self.model = self.pipeline.model if self.pipeline else Transformer(run.model)
+        self.model = self.pipeline.model if self.pipeline else whole_model(run, mesh)
+        self.model.dispatcher = self.dispatcher = open_dispatcher(run, mesh)
         initialise(self.model, run.train.seed)
         self.model.to(self.device)
         self.model.recompute = run.train.recompute
         named = list(self.model.named_parameters())
-        groups = []
         if self.pipeline:
             groups = self.pipeline.groups()
-        elif mesh.size > 1:
-            groups = [(mesh.group([0]), frozenset(name for name, _ in named))]
-        self.optimizer = Optimizer(named, run.train, self.device, mesh, groups)
+        else:
+            groups = holders_of(mesh, {(0,): {name for name, _ in named}})
+        shards = expert_shards(self.model)
+        self.optimizer = Optimizer(named, run.train, self.device, mesh, groups, shards)
         self.routers = list(named_routers(self.model))
         self.masters = dict(self.optimizer.masters())
         owned = {name: piece.value for name, piece in self.masters.items()}
@@ -109,6 +112,7 @@ class Trainer:
             "tokens_per_s": batch * length / seconds,
             "step_seconds": seconds,
             **waited,
+            **self.traffic(),
             **self.load(totals.counts),
         }
 
@@ -140,6 +144,17 @@ class Trainer:
         seconds[self.mesh.pipeline_rank] = self.pipeline.waited() / self.mesh.data
         return {"pipeline_wait_seconds": self.mesh.sum(seconds).tolist()}
 
+    def traffic(self) -> dict[str, list[float]]:
+        """With shared experts, by hop, outermost first: bytes that left any rank, seconds a rank waited for them."""
+        if not isinstance(self.dispatcher, Relay):
+            return {}
+        hops = self.dispatcher.traffic()
+        moved = torch.tensor(
+            [[hop.bytes for hop in hops], [hop.waited() for hop in hops]], dtype=torch.float64
+        )
+        moved, waited = self.mesh.sum(moved.to(self.device)).tolist()
+        return {"dispatch_bytes": moved, "dispatch_wait_seconds": [one / self.mesh.size for one in waited]}
+
     def plain(self, batch: int, mtp_weight: float) -> Sums:
         """This data rank's slice of the batch, micro-batch by micro-batch through the whole model."""
         micro, length, sums = self.run.train.micro_batch_size, self.run.data.sequence_length, Sums()
@@ -163,7 +178,13 @@ class Trainer:
             return {"load": {}}
         worst = max_violation(counts)
         load = dict(zip(moe_names(self.run.model), counts.tolist()))
-        return {"max_vio": worst.mean().item(), "max_vio_worst": worst.max().item(), "load": load}
+        return {
+            "max_vio": worst.mean().item(),
+            "max_vio_worst": worst.max().item(),
+            "load_entropy": load_entropy(counts).tolist(),
+            "dead_experts": (counts == 0).sum(-1).tolist(),
+            "load": load,
+        }
 
     def require_finite(self, totals: Totals, norm: float) -> None:
         """Stop before the update if a loss or the gradient is NaN or infinite; nothing has been changed yet."""
@@ -208,10 +229,13 @@ class Trainer:
             sums = self.pipeline.held_out(self.samples, places)
             total = sums.nll[0].double() if 0 in sums.nll else torch.zeros((), dtype=torch.float64)
         else:
-            mine, total = places[self.mesh.data_rank :: self.mesh.data], torch.zeros((), dtype=torch.float64)
-            for first in range(0, len(mine), micro):
-                some = [self.samples.held_out(place, 1) for place in mine[first : first + micro]]
-                total += self.model(torch.cat(some).to(self.device)).nll[0].cpu()
+            total = torch.zeros((), dtype=torch.float64)
+            unit = micro * self.mesh.data
+            for start in range(0, count, unit):  # every rank takes part in each round: they may share experts
+                mine = places[start : start + unit][self.mesh.data_rank :: self.mesh.data]
+                some = [self.samples.held_out(place, 1) for place in mine or places[:1]]
+                nll = self.model(torch.cat(some).to(self.device)).nll[0].cpu()
+                total += nll if mine else 0
         return self.mesh.sum(total.to(self.device)).item() / (count * self.run.data.sequence_length)
 
     def pieces(self) -> dict[str, Piece]:

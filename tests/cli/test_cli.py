@@ -12,7 +12,9 @@ from counterflow.cli.train import split
 pytestmark = pytest.mark.pure
 
 
-@pytest.mark.parametrize("words", [["--help"], [], ["train", "--help"], ["models"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], [], ["train", "--help"], ["models"], ["generate", "--help"], ["serve", "--help"]]
+)
 def test_help_imports_no_torch(words):
     code = f"import sys\nfrom counterflow.cli import main\ntry: main({words})\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,13 +5,14 @@ import torch
 
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.dispatch import Dispatcher, Route
-from tests.model.configs import BASE
+from counterflow.comm.peers import thread_peers
 
 
 @pytest.mark.parametrize("name", DISPATCHERS)
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_four_calls_on_one_rank(name, tokens):
-    dispatcher = DISPATCHERS[name](BASE)
+    (peers,) = thread_peers(1, node_ranks=1)
+    dispatcher = DISPATCHERS[name](peers, 12, False)
     assert isinstance(dispatcher, Dispatcher)
     x, into = torch.randn(tokens, 6), torch.randn(tokens, 6)
     route = Route(torch.randint(0, 12, (tokens, 3)), torch.rand(tokens, 3))

@@ -34,14 +34,15 @@ class Late(Local):
         there = [tensor.clone() for tensor in tensors]
         empty = [torch.full_like(tensor, torch.nan) for tensor in tensors]
 
-        def arrive() -> None:
+        def arrive():
             self.waits += 1
             for buffer, content in zip(empty, there):
                 buffer.copy_(content)
+            if isinstance(value, Arrived):
+                return Arrived(empty[0], value.ids, empty[1])
+            return empty[0] if isinstance(value, torch.Tensor) else tuple(empty)
 
-        if isinstance(value, Arrived):
-            return Pending(Arrived(empty[0], value.ids, empty[1]), arrive)
-        return Pending(empty[0] if isinstance(value, torch.Tensor) else tuple(empty), arrive)
+        return Pending(arrive)
 
 
 CALLS = {"dispatch", "combine", "combine_backward", "dispatch_backward"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,36 @@ def test_four_by_two_and_back(tmp_path):
     assert (tmp_path / "wide" / "timeline.svg").is_file() and (tmp_path / "wide" / "trace.json").is_file()
     assert "A step of the pipeline" in (tmp_path / "wide" / "report.html").read_text()
     assert not (tmp_path / "plain" / "timeline.svg").exists() and len(plain) == 5
+
+
+def test_shared_experts_change_nothing(tmp_path):
+    """Experts spread over data ranks: one process's run, alone, in DualPipe, over two hops; and goes on elsewhere."""
+    batch = ("train.batch_size=16", "train.tokens=2560", "keep.checkpoint_every=3", "keep.checkpoints=9")
+    alone, _ = train(tmp_path, "alone", *batch)
+    layouts = {
+        "flat": ("parallel.data=2", "parallel.expert=2"),
+        "dual": ("parallel.pipeline=4", "parallel.data=2", "parallel.expert=2"),
+        "hops": (
+            "parallel.data=4",
+            "parallel.expert=4",
+            "parallel.dispatch=two_hop",
+            "parallel.node_ranks=2",
+        ),
+    }
+    for run, layout in layouts.items():
+        steps, _ = train(tmp_path, run, *batch, *layout)
+        assert_same(alone, steps)
+        hops = 2 if run == "hops" else 1
+        assert all(len(s["dispatch_bytes"]) == hops and min(s["dispatch_bytes"]) > 0 for s in steps)
+    for (name, a), (_, b) in zip(
+        *(restore(tmp_path / run)[0].named_parameters() for run in ("dual", "alone"))
+    ):
+        assert torch.allclose(a, b, atol=1e-3), name
+    kept = Checkpoints(tmp_path / "flat" / CHECKPOINTS, 9)
+    shutil.rmtree(kept.path(5))
+    steps, printed = train(tmp_path, "flat", *batch, *layouts["dual"])
+    assert "from step 3" in printed
+    assert_same(alone, steps)
 
 
 def test_a_checkpoint_goes_on_in_any_other_layout(tmp_path):
@@ -155,6 +186,9 @@ def children(pid: int) -> list[int]:
         (("parallel.pipeline=2", "parallel.schedule=none.txt"), "cannot be read"),
         (("parallel.pipeline=2", "parallel.schedule=json:nothing"), "cannot be imported"),
         (("parallel.data=3",), "take 9"),
+        (("parallel.expert=2",), "make the second a multiple"),
+        (("parallel.data=2", "parallel.expert=2", "parallel.dispatch=twohop"), "did you mean 'two_hop'?"),
+        (("parallel.data=2", "parallel.expert=2", "parallel.dispatch=two_hop"), "set parallel.node_ranks"),
     ],
 )
 def test_layouts_that_cannot_be_are_one_line(tmp_path, more, says):

@@ -13,6 +13,7 @@ import torch
 
 from counterflow.cli import main
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.loop import collapsed
 from counterflow.train.metrics import read
 from counterflow.train.restore import CHECKPOINTS
 from tests.train.runs import overrides, write_text
@@ -83,6 +84,30 @@ def test_a_run_leaves_all_that_it_promises(whole, capsys):
     )
     assert capsys.readouterr().out.startswith("the pipeline")
     assert main(["generate", "--run", str(run), "--averaged", "--max-tokens", "3"]) == 0
+
+
+def test_drafts_change_no_text_and_stats_tell_what_they_brought(whole, capsys):
+    words = [
+        "generate",
+        "--run",
+        str(whole / "run"),
+        "--prompt",
+        "the",
+        "--max-tokens",
+        "40",
+        "--temperature",
+        "0",
+    ]
+    texts = []
+    for drafts in ("-1", "0", "3"):
+        assert main([*words, "--drafts", drafts, "--stats"]) == 0
+        said = capsys.readouterr()
+        texts.append(said.out)
+        assert "40 tokens after 2 of prompt" in said.err
+        assert ("Drafts kept, by position" in said.err) == (drafts != "0")
+    assert len(set(texts)) == 1
+    assert main([*words, "--drafts", "-2"]) == 2 and "drafts is -2" in capsys.readouterr().err
+    assert main([*words, "--device", "tpu"]) == 2 and "device is 'tpu'" in capsys.readouterr().err
 
 
 def test_a_complete_run_says_so_and_trains_no_more(whole, capsys):
@@ -243,3 +268,13 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
     assert "step 13: weight 'head' is not finite" in capsys.readouterr().err
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5, 10]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_collapsed_layer_is_named_once():
+    known: set[str] = set()
+    values = {"step": 3, "load": {"layers.1": [8, 0, 0, 0], "layers.2": [2, 2, 0, 4]}}
+    (line,) = collapsed(values, known)
+    assert "step 3: routing of layers.1 has collapsed, 3 of 4 experts" in line
+    assert not list(collapsed(values, known))
+    assert not list(collapsed(values | {"load": {"layers.1": [2, 2, 2, 2]}}, known))
+    assert list(collapsed(values, known))

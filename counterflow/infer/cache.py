@@ -1,0 +1,120 @@
+"""The paged cache of latents, and the rows of one pass that read and write it.
+
+A token costs C + R numbers a layer (576 at 671B) instead of N (H + R + V): the normalised latent and the
+turned rotary key, from which all heads' keys and values can be grown again. MTP modules have layers of their
+own at the end. Entries are never moved: a pass names for every row the slot that it writes and for every
+sequence the blocks that it reads, so a rejected draft is cut off by forgetting it; the next pass writes over
+it.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from counterflow.model.transformer import Transformer
+
+SHORT = 16
+"""Rows of a sequence up to which sequences are put side by side in one padded product; longer ones stand alone."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The positions of one sequence that a pass runs over, and the blocks that hold it."""
+
+    start: int
+    end: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences whose queries are padded to one length and attend together."""
+
+    rows: slice
+    """Which rows of the pass."""
+    places: Int[Tensor, "T"]
+    """Where each of them stands in the padded (B, S)."""
+    positions: Int[Tensor, "B S"]
+    """Of the padded queries; 0 where there is none."""
+    blocks: Int[Tensor, "B _"]
+    """Blocks of each sequence up to the longest, the short ones' filled up with any."""
+    keys: int
+    """Positions of the longest sequence."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no query is padded, so that rows lie as they are."""
+        return len(self.places) == self.positions.numel()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of several sequences laid end to end: what one pass runs over."""
+
+    order: list[int]
+    """The sequences, by index, in the order in which their rows lie."""
+    starts: list[int]
+    """The first row of each sequence, by index."""
+    rope: Complex[Tensor, "T R2"]
+    slots: Int[Tensor, "T"]
+    groups: list[Group]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+class Cache:
+    """Entries of every layer and module: `num_blocks` blocks of `size` positions."""
+
+    def __init__(self, model: Transformer, num_blocks: int, size: int, modules: int) -> None:
+        config = model.config
+        self.size = size
+        self.rope = model.rope
+        self.width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.entries = model.head.new_zeros(config.num_layers + modules, num_blocks * size, self.width)
+
+    def rows(self, extents: Items[Extent]) -> Rows:
+        """The rows of these extents: short ones first and in one group, the others each in its own."""
+        order = sorted(range(len(extents)), key=lambda i: extents[i].end - extents[i].start > SHORT)
+        starts, positions, slots, groups = [0] * len(extents), [], [], []
+        together: list[Extent] = []
+        for index in order:
+            extent = extents[index]
+            starts[index] = len(positions)
+            positions += range(extent.start, extent.end)
+            slots += [
+                extent.blocks[p // self.size] * self.size + p % self.size for p in positions[starts[index] :]
+            ]
+            if extent.end - extent.start > SHORT:
+                groups.append(self._group([extent], starts[index]))
+            else:
+                together.append(extent)
+        if together:
+            groups.insert(0, self._group(together, 0))
+        device = self.entries.device
+        at = torch.tensor(positions, device=device)
+        return Rows(order, starts, self.rope[at], torch.tensor(slots, device=device), groups)
+
+    def _group(self, extents: list[Extent], first: int) -> Group:
+        lengths = [extent.end - extent.start for extent in extents]
+        longest, keys = max(lengths), max(extent.end for extent in extents)
+        needed = -(-keys // self.size)
+        places = [b * longest + s for b, length in enumerate(lengths) for s in range(length)]
+        positions = [[*range(e.start, e.end), *[0] * (longest - (e.end - e.start))] for e in extents]
+        blocks = [(extent.blocks + [0] * needed)[:needed] for extent in extents]
+        device = self.entries.device
+        return Group(
+            slice(first, first + sum(lengths)),
+            torch.tensor(places, device=device),
+            torch.tensor(positions, device=device),
+            torch.tensor(blocks, device=device),
+            keys,
+        )
+
+    def seen(self, layer: int, group: Group) -> Float[Tensor, "B S C"]:
+        """Entries of the group's sequences from position 0 on, as far as the longest reaches."""
+        paged = self.entries[layer].view(-1, self.size, self.width)
+        return paged[group.blocks].flatten(1, 2)[:, : group.keys]

@@ -1,0 +1,232 @@
+"""The engine: requests of any lengths in, tokens and text out, three calls a step.
+
+`schedule` decides without a tensor who runs over what, `run` makes tokens, `take_back` hands them to their
+sequences, cuts what lies behind a stop, and frees what has ended. One thread calls `step`; a server's other
+threads put requests into a queue of their own. The model stays where its weights are and in their precision.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, replace
+
+from counterflow.errors import ConfigError, RequestError
+from counterflow.infer.batch import Batch, Work
+from counterflow.infer.blocks import Blocks
+from counterflow.infer.cache import Cache
+from counterflow.infer.depth import Depth
+from counterflow.infer.request import Delta, Sampling, Sequence, TokenLogprob
+from counterflow.infer.run import Made, Outcome, Runner
+from counterflow.infer.statistics import Statistics
+from counterflow.infer.text import TextStream
+from counterflow.model.transformer import Transformer
+
+ALL = -1
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes of a step and of the cache, and how drafts are made."""
+
+    max_sequences: int = 32
+    """Sequences that run at once."""
+    max_rows: int = 512
+    """Positions of a step, all sequences and drafts together: longer prompts are run in chunks."""
+    block_size: int = 16
+    """Positions of a block of the cache."""
+    cache_bytes: float = 2**30
+    """At most so much for the cache; less if `max_sequences` of the model's longest texts need less."""
+    drafts: int = ALL
+    """Tokens drafted ahead by the MTP modules at most; 0: none, and no module is run. −1: one by each module. Beyond
+    the modules the last one is used again."""
+    modules: int = ALL
+    """How many of the model's modules draft; −1: all, as far as `drafts` goes."""
+    adapt: bool = True
+    """Fewer or no drafts where measured times and acceptance say that they cost more than they bring."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_sequences", "max_rows", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("drafts", "modules"):
+            if getattr(self, name) < ALL:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, or −1 for all.")
+        if not self.cache_bytes > 0:
+            raise ConfigError(f"cache_bytes is {self.cache_bytes}; it must be above 0.")
+
+
+class Engine:
+    """Runs requests together on one model; `decode` gives tokens' text, for stop strings and `Delta.text`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        settings: EngineSettings | None = None,
+        decode: Callable[[Items[int]], str] | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        self.model, self.decode = model, decode
+        drafts, self.modules = chain_of(len(model.mtp), settings)
+        num_blocks = _num_blocks(model, settings, drafts, self.modules)
+        self.blocks = Blocks(num_blocks, settings.block_size, lookahead=self.modules)
+        self.depth = Depth(drafts, settings.adapt)
+        rows = max(settings.max_rows, settings.max_sequences * (1 + drafts))
+        self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
+        self.runner = Runner(model, Cache(model, num_blocks, settings.block_size, self.modules), self.modules)
+        self.statistics = Statistics()
+        self._texts: dict[int, TextStream] = {}
+        self._prompts: dict[int, list[TokenLogprob | None]] = {}
+        self._numbers = 0
+        self._wrote = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self.batch.running and not self.batch.waiting
+
+    def add(self, prompt: Items[int], sampling: Sampling, samples: int = 1) -> list[Sequence]:
+        """Queue a request; its sequences, by which deltas name their text.   Fails: RequestError."""
+        self.check(prompt, samples)
+        sequences: list[Sequence] = []
+        for index in range(samples):
+            leader = sequences[0] if sequences else None
+            number, self._numbers = self._numbers, self._numbers + 1
+            sequences.append(
+                Sequence(number, list(prompt), len(prompt), sampling, self.modules, index, leader)
+            )
+            self._texts[number] = TextStream(self.decode, sampling.stop)
+        self.batch.waiting.extend(sequences)
+        self.statistics.requests += 1
+        self.statistics.prompt_tokens += len(prompt) * samples
+        return sequences
+
+    def check(self, prompt: Items[int], samples: int) -> None:
+        """Fails (RequestError) where a request is impossible; reads nothing that a step changes."""
+        if not prompt:
+            raise RequestError(
+                "the prompt is empty; give at least one token (the end token begins a document)."
+            )
+        positions, vocab = self.model.config.max_positions, self.model.config.vocab_size
+        if len(prompt) > positions:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; the model has {positions} positions: shorten the prompt."
+            )
+        foreign = next((token for token in prompt if not 0 <= token < vocab), None)
+        if foreign is not None:
+            raise RequestError(f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.")
+        if samples < 1:
+            raise RequestError(f"n is {samples}; it must be at least 1.")
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence now; nothing more is heard of it."""
+        if sequence.finish is None:
+            self._end(sequence, "abort")
+
+    def step(self) -> list[Delta]:
+        """One step; what it gave to whom."""
+        works = self.schedule()
+        return self.take_back(works, self.run(works)) if works else []
+
+    def schedule(self) -> list[Work]:
+        """Who runs over what."""
+        depth = self.depth.choose(sum(sequence.decoding for sequence in self.batch.running))
+        return self.batch.plan(lambda s: self.depth.deepest if s.sampling.fixed_depth else depth)
+
+    def run(self, works: list[Work]) -> Outcome:
+        """Their tokens."""
+        return self.runner.run(works)
+
+    def take_back(self, works: list[Work], outcome: Outcome) -> list[Delta]:
+        """Tokens to their sequences, up to where they stop; what has ended is freed."""
+        self._count(works, outcome)
+        return [self._hand(work, made) for work, made in zip(works, outcome.made, strict=True)]
+
+    def _hand(self, work: Work, made: Made) -> Delta:
+        sequence = work.sequence
+        if sequence.made == 0 and sequence.sampling.prompt_logprobs:
+            begun = self._prompts.setdefault(sequence.number, [])
+            begun[sequence.cached - work.rows :] = made.prompt_logprobs
+        stream, text, count = self._texts[sequence.number], "", 0
+        finish = None if sequence.sampling.max_tokens or sequence.cached < len(sequence.tokens) else "length"
+        for token in made.tokens:
+            if token in sequence.sampling.stop_tokens:
+                finish = "stop"
+                break
+            sequence.tokens.append(token)
+            count += 1
+            text += stream.add(token)
+            finish = self._finish(sequence, stream)
+            if finish:
+                break
+        delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[:count]))
+        self.statistics.tokens += count
+        self.blocks.publish(sequence.tokens, sequence.blocks, sequence.published, sequence.final)
+        if made.tokens or finish:
+            delta = replace(delta, prompt_logprobs=self._prompt(sequence))
+        if finish:
+            delta = replace(delta, text=text + stream.end(), finish=finish)
+            self._end(sequence, finish)
+        return delta
+
+    def _finish(self, sequence: Sequence, stream: TextStream) -> str | None:
+        if stream.stopped:
+            return "stop"
+        full = len(sequence.tokens) > self.batch.positions
+        return "length" if full or sequence.made >= sequence.sampling.max_tokens else None
+
+    def _prompt(self, sequence: Sequence) -> tuple[TokenLogprob | None, ...]:
+        kept = self._prompts.pop(sequence.number, None)
+        return () if kept is None else (None, *kept)
+
+    def _end(self, sequence: Sequence, finish: str) -> None:
+        sequence.finish = finish
+        self.batch.remove(sequence)
+        self._texts.pop(sequence.number)
+        self._prompts.pop(sequence.number, None)
+
+    def _count(self, works: list[Work], outcome: Outcome) -> None:
+        """Times and acceptance; a step's seconds are kept where it and the one before only wrote."""
+        statistics = self.statistics
+        statistics.steps += 1
+        statistics.draft_s += outcome.draft_s
+        statistics.model_s += outcome.model_s
+        statistics.reused_tokens, statistics.preemptions = self.batch.reused, self.batch.preemptions
+        turns = [
+            (work.drafts, len(made.tokens) - 1) for work, made in zip(works, outcome.made) if made.tokens
+        ]
+        for drafted, kept in turns:
+            statistics.count(drafted, kept)
+        self.depth.count([drafted for drafted, _ in turns], [kept for _, kept in turns])
+        wrote = all(work.sequence.made and work.rows == 1 for work in works)
+        depths = {work.drafts for work in works}
+        if wrote and self._wrote and len(depths) == 1:
+            self.depth.record(len(works), depths.pop(), outcome.draft_s, outcome.model_s)
+        self._wrote = wrote
+
+
+def chain_of(modules: int, settings: EngineSettings) -> tuple[int, int]:
+    """(drafts at most, modules that make them) on a model with so many MTP modules."""
+    wanted = modules if settings.modules == ALL else settings.modules
+    drafts = wanted if settings.drafts == ALL else settings.drafts
+    if drafts and not modules:
+        raise ConfigError(f"drafts is {drafts}; the model has no MTP modules to draft with: set it to 0.")
+    if wanted > modules or (drafts and not wanted):
+        raise ConfigError(
+            f"modules is {wanted} for {drafts} drafts; the model has {modules} MTP modules, and drafts need one "
+            "at least."
+        )
+    return drafts, min(wanted, drafts)
+
+
+def _num_blocks(model: Transformer, settings: EngineSettings, drafts: int, modules: int) -> int:
+    """Blocks for `max_sequences` of the longest texts, or as many as `cache_bytes` hold."""
+    config = model.config
+    one = -(-(config.max_positions + drafts) // settings.block_size)
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    block_bytes = (config.num_layers + modules) * settings.block_size * width * model.head.element_size()
+    held = int(settings.cache_bytes // block_bytes)
+    if held < one:
+        raise ConfigError(
+            f"cache_bytes is {settings.cache_bytes:g}; one text of {config.max_positions} tokens takes "
+            f"{one * block_bytes:,} bytes: give the cache as much at least."
+        )
+    return min(held, settings.max_sequences * one)

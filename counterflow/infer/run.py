@@ -1,0 +1,159 @@
+"""The middle one of a step's three calls: what the schedule asks for, as passes of the model.
+
+First the modules draft, then one pass of the trunk runs over prompts' chunks, last tokens and drafts alike, then
+every sequence that reached its last token is given its next ones. Only numbers come back: which tokens, how many
+drafts they kept, their log-probabilities.
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from counterflow.infer import passes
+from counterflow.infer.batch import Work
+from counterflow.infer.cache import Cache, Extent
+from counterflow.infer.distribution import distribution
+from counterflow.infer.request import Sequence, TokenLogprob
+from counterflow.infer.speculate import Drafter, verdict
+from counterflow.model.transformer import Transformer
+
+
+@dataclass
+class Made:
+    """What a step made for one sequence."""
+
+    tokens: list[int]
+    """The drafts it kept and the token behind them; empty within its prompt."""
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob]
+    """Of the prompt's tokens that follow the rows of this step."""
+
+
+@dataclass
+class Outcome:
+    """What a step made, in the order of its works, and the seconds it took."""
+
+    made: list[Made]
+    draft_s: float
+    model_s: float
+
+
+class Runner:
+    """Runs a schedule's works on a model and its cache."""
+
+    def __init__(self, model: Transformer, cache: Cache, modules: int) -> None:
+        self.model, self.cache = model, cache
+        self.drafter = Drafter(model, cache, modules) if modules else None
+
+    @torch.no_grad()
+    def run(self, works: list[Work]) -> Outcome:
+        """New tokens of every work that samples; the sequences' caches then reach to their last true token."""
+        began = perf_counter()
+        uniforms = [_uniforms(work) for work in works]
+        drafts, q = self._draft(works, uniforms)
+        drafted = perf_counter()
+        h, starts = self._trunk(works, drafts)
+        made = [Made([], [], []) for _ in works]
+        self._sample(works, drafts, q, uniforms, h, starts, made)
+        for work, start, result in zip(works, starts, made, strict=True):
+            if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
+                result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
+            advance(work.sequence, h[start : start + work.rows + max(0, len(result.tokens) - 1)])
+        return Outcome(made, drafted - began, perf_counter() - drafted)
+
+    def _draft(self, works: list[Work], uniforms: list[list[float]]) -> tuple[list[list[int]], Tensor]:
+        if self.drafter is None:
+            none = torch.zeros(len(works), 0, len(self.model.head), device=self.model.head.device)
+            return [[] for _ in works], none
+        wanted = [work.drafts for work in works]
+        chain = self.drafter.draft([work.sequence for work in works], wanted, uniforms)
+        return chain.tokens, chain.q
+
+    def _trunk(self, works: list[Work], drafts: list[list[int]]) -> tuple[Float[Tensor, "T D"], list[int]]:
+        """Hidden states of all rows, and where each work's begin."""
+        extents, tokens = [], []
+        for work, drafted in zip(works, drafts, strict=True):
+            sequence, start = work.sequence, work.sequence.cached
+            extents.append(Extent(start, start + work.rows + work.drafts, sequence.blocks))
+            tokens.append(sequence.tokens[start : start + work.rows] + drafted)
+        rows = self.cache.rows(extents)
+        flat = torch.tensor([token for i in rows.order for token in tokens[i]], device=self.model.head.device)
+        return passes.run_trunk(self.model, flat, rows, self.cache), rows.starts
+
+    def _sample(
+        self,
+        works: list[Work],
+        drafts: list[list[int]],
+        q: Float[Tensor, "B K V"],
+        uniforms: list[list[float]],
+        h: Float[Tensor, "T D"],
+        starts: list[int],
+        made: list[Made],
+    ) -> None:
+        """The next tokens of the works that have reached their sequence's last one, into `made`."""
+        chosen = [i for i, work in enumerate(works) if work.samples and work.sequence.sampling.max_tokens]
+        if not chosen:
+            return
+        deepest, device = q.shape[1], h.device
+        firsts = [starts[i] + works[i].rows - 1 for i in chosen]
+        rows = [
+            [first + min(k, works[i].drafts) for k in range(deepest + 1)] for i, first in zip(chosen, firsts)
+        ]
+        logits = passes.logits_of(self.model, h[torch.tensor(rows, device=device).flatten()])
+        logits = logits.view(len(chosen), deepest + 1, -1)
+        p = distribution(logits, [works[i].sequence.sampling for i in chosen])
+        padded = [drafts[i] + [0] * (deepest - works[i].drafts) for i in chosen]
+        numbers = [uniforms[i][works[i].drafts : -1] + [0.0] * (deepest - works[i].drafts) for i in chosen]
+        kept, following = verdict(
+            p,
+            q[torch.tensor(chosen, device=device)],
+            torch.tensor(padded, dtype=torch.long, device=device),
+            torch.tensor([works[i].drafts for i in chosen], device=device),
+            torch.tensor(
+                [row + uniforms[i][-1:] for i, row in zip(chosen, numbers)],
+                dtype=torch.float64,
+                device=device,
+            ),
+        )
+        for row, (i, keep, token) in enumerate(zip(chosen, kept.tolist(), following.tolist(), strict=True)):
+            made[i].tokens = [*drafts[i][:keep], token]
+            wanted = works[i].sequence.sampling.logprobs
+            if wanted is not None:
+                made[i].logprobs = logprobs(logits[row, : keep + 1], made[i].tokens, wanted)
+
+    def _prompt(self, work: Work, h: Float[Tensor, "T D"]) -> list[TokenLogprob]:
+        """Log-probabilities of the prompt's tokens that follow these rows."""
+        following = work.sequence.tokens[work.sequence.cached + 1 : work.sequence.cached + work.rows + 1]
+        logits = passes.logits_of(self.model, h[: len(following)])
+        return logprobs(logits, following, work.sequence.sampling.logprobs or 0)
+
+
+def advance(sequence: Sequence, h: Float[Tensor, "T D"]) -> None:
+    """The main cache is true for these rows more; their hidden states wait for the first module."""
+    sequence.cached += len(h)
+    if sequence.modules:
+        sequence.waiting[0].append(h)
+
+
+def _uniforms(work: Work) -> list[float]:
+    """The numbers of one turn: one to draw each draft, one to judge each, one for the token behind them."""
+    if not work.samples:
+        return []
+    return [work.sequence.generator.random() for _ in range(2 * work.drafts + 1)]
+
+
+def logprobs(logits: Float[Tensor, "T V"], tokens: list[int], top: int) -> list[TokenLogprob]:
+    """The model's own log-probabilities of one token a row, and the `top` likeliest beside it."""
+    if not tokens:
+        return []
+    logs = torch.log_softmax(logits, dim=-1)
+    chosen = logs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    best = logs.topk(min(top, logits.shape[-1]), dim=-1)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenLogprob(token, value, tuple(zip(ids, values, strict=True)))
+        for token, value, (ids, values) in zip(tokens, chosen, pairs, strict=True)
+    ]

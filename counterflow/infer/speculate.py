@@ -1,0 +1,179 @@
+"""Drafts by the MTP modules, and the verdict on them that leaves the model's distribution as it is.
+
+Module k merges the hidden state of position i with the embedding of token i + k and predicts token i + k + 1, so
+the chain after n tokens is: every module in turn at position n − 2, each with one more drafted token. Behind the
+last module the chain goes on with that module re-used: what it made at a position stands in for what the depth
+before would have made at the next one.
+
+A module's cache is true only as far as its tokens are: to position n − k. What a chain writes beyond is a
+draft; the next chain begins at the first entry that is not true, with the hidden states that the verify pass has
+made since, and writes over it. Those states wait, a row each, with their sequence (`Sequence.waiting`), so a
+sequence may go without drafts for a while; a whole block of them is run over at once, drafts or not, so that few
+wait and prompts can be shared. Not taken: running modules on every position as it comes, which costs the full
+draft even when none is wanted.
+
+A draft x from q is kept with probability min(1, p(x) / q(x)), else replaced by one from the positive part of
+p − q; then what is given out is distributed as p. Keeping a draft because it is p's likeliest token is not that.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from counterflow.infer import passes
+from counterflow.infer.cache import Cache, Extent
+from counterflow.infer.distribution import distribution, draw
+from counterflow.infer.request import Sequence
+from counterflow.model.transformer import Transformer
+
+
+@dataclass
+class Chain:
+    """Drafts under way for the sequences of one step."""
+
+    sequences: Items[Sequence]
+    wanted: list[int]
+    """Drafts for each sequence."""
+    uniforms: list[list[float]]
+    """A number for each draft."""
+    tokens: list[list[int]]
+    q: Float[Tensor, "B K V"]
+    """What each draft was drawn from; zero where there is none."""
+    ahead: dict[int, Tensor] = field(default_factory=dict)
+    """Hidden states of the newest depth at positions where they rest on drafts, by sequence."""
+    newest: dict[int, Tensor] = field(default_factory=dict)
+    """The hidden state, as one row, that the newest draft was made from."""
+
+
+class Drafter:
+    """Fills the modules' caches and drafts with them. [§5.4.3]"""
+
+    def __init__(self, model: Transformer, cache: Cache, modules: int) -> None:
+        self.model, self.cache, self.modules = model, cache, modules
+
+    def draft(self, sequences: Items[Sequence], wanted: list[int], uniforms: list[list[float]]) -> Chain:
+        """`wanted` drafts for each sequence, none where it is 0, and every module's cache as far as it waits."""
+        shape = (len(sequences), max(wanted, default=0), self.model.config.vocab_size)
+        q = torch.zeros(shape, device=self.cache.entries.device)
+        chain = Chain(sequences, wanted, uniforms, [[] for _ in sequences], q)
+        for depth in range(self.modules):
+            self._run(chain, depth)
+        for depth in range(self.modules, shape[1]):
+            self._run_again(chain, depth)
+        return chain
+
+    def _run(self, chain: Chain, depth: int) -> None:
+        """One module over all that waits for it, and over what rests on drafts."""
+        spans = self._spans(chain, depth)
+        if not spans:
+            return
+        extents, inputs, tokens = [], [], []
+        for index, (end, _) in spans.items():
+            sequence = chain.sequences[index]
+            start = sequence.valid[depth]
+            rows = [*sequence.waiting[depth], *([chain.ahead[index]] if index in chain.ahead else [])]
+            inputs.append(torch.cat(rows)[: end - start])
+            tokens.append((sequence.tokens + chain.tokens[index])[start + depth + 1 : end + depth + 1])
+            extents.append(Extent(start, end, sequence.blocks))
+        pieces = self._pieces(depth, extents, inputs, tokens)
+        for (index, (_, true)), given, piece in zip(spans.items(), inputs, pieces, strict=True):
+            self._keep(chain, index, depth, true, given, piece)
+        self._choose(chain, depth, {i: piece[-1:] for i, piece in zip(spans, pieces, strict=True)})
+
+    def _spans(self, chain: Chain, depth: int) -> dict[int, tuple[int, int]]:
+        """By sequence: the position where this depth ends now, and where its true entries will."""
+        spans = {}
+        for index, sequence in enumerate(chain.sequences):
+            reached = sequence.valid[depth - 1] if depth else sequence.cached
+            true = max(sequence.valid[depth], min(reached, len(sequence.tokens) - depth - 1))
+            if chain.wanted[index] > depth:
+                spans[index] = (sequence.cached, true)
+            elif true - sequence.valid[depth] >= self.cache.size:
+                spans[index] = (true, true)
+        return spans
+
+    def _keep(self, chain: Chain, index: int, depth: int, true: int, given: Tensor, piece: Tensor) -> None:
+        """What waits for this depth and the next from now on, and what rests on drafts."""
+        sequence = chain.sequences[index]
+        reached = sequence.valid[depth - 1] if depth else sequence.cached
+        count, left = true - sequence.valid[depth], reached - sequence.valid[depth]
+        if len(given) < left:
+            given = torch.cat(sequence.waiting[depth])
+        sequence.waiting[depth] = [given[count:left]] if left > count else []
+        if depth + 1 < self.modules and count:
+            sequence.waiting[depth + 1].append(piece[:count])
+        chain.ahead.pop(index, None)
+        if len(piece) > count:
+            chain.ahead[index] = piece[count:]
+        sequence.valid[depth] = true
+
+    def _run_again(self, chain: Chain, depth: int) -> None:
+        """The last module a position further on, its own hidden state for want of the depth before's."""
+        beyond = depth - self.modules
+        chosen = [index for index, wanted in enumerate(chain.wanted) if wanted > depth]
+        extents = []
+        for index in chosen:
+            at = chain.sequences[index].cached + beyond
+            extents.append(Extent(at, at + 1, chain.sequences[index].blocks))
+        inputs = [chain.newest[index] for index in chosen]
+        tokens = [chain.tokens[index][-1:] for index in chosen]
+        pieces = self._pieces(self.modules - 1, extents, inputs, tokens)
+        self._choose(chain, depth, dict(zip(chosen, pieces, strict=True)))
+
+    def _pieces(
+        self, depth: int, extents: list[Extent], inputs: list[Tensor], tokens: list[list[int]]
+    ) -> list[Tensor]:
+        """A module's hidden states over these extents, in their order."""
+        rows = self.cache.rows(extents)
+        flat = [token for index in rows.order for token in tokens[index]]
+        out = passes.run_module(
+            self.model,
+            depth,
+            torch.cat([inputs[index] for index in rows.order]),
+            torch.tensor(flat, device=self.cache.entries.device),
+            rows,
+            self.cache,
+        )
+        return [out[start : start + len(given)] for start, given in zip(rows.starts, inputs, strict=True)]
+
+    def _choose(self, chain: Chain, depth: int, hidden: dict[int, Tensor]) -> None:
+        """Draw the sequences' next draft from this depth's hidden states, where one is wanted."""
+        chosen = [index for index in hidden if chain.wanted[index] > depth]
+        if not chosen:
+            return
+        chain.newest = {index: hidden[index] for index in chosen}
+        logits = passes.logits_of(self.model, torch.cat([hidden[index] for index in chosen]))
+        p = distribution(logits, [chain.sequences[index].sampling for index in chosen])
+        uniform = [chain.uniforms[index][depth] for index in chosen]
+        drafted = draw(p, torch.tensor(uniform, dtype=torch.float64, device=p.device))
+        chain.q[torch.tensor(chosen, device=p.device), depth] = p
+        for index, token in zip(chosen, drafted.tolist(), strict=True):
+            chain.tokens[index].append(token)
+
+
+def verdict(
+    p: Float[Tensor, "B K1 V"],
+    q: Float[Tensor, "B K V"],
+    drafts: Int[Tensor, "B K"],
+    counts: Int[Tensor, "B"],
+    uniforms: Float[Tensor, "B K1"],
+) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+    """How many of each sequence's `counts` drafts are kept, and the token that follows them.
+
+    `p` is the model's distribution before each draft and after the last, `q` the drafts' own and zero where there
+    is none. The last column of `uniforms` draws the token that follows.
+    """
+    given = p[:, :-1].gather(-1, drafts[..., None])[..., 0]
+    asked = q.gather(-1, drafts[..., None])[..., 0]
+    real = torch.arange(drafts.shape[1], device=p.device) < counts[:, None]
+    kept = ((uniforms[:, :-1] * asked < given) & real).long().cumprod(1).sum(1)
+    each = torch.arange(len(p), device=p.device)
+    following = p[each, kept]
+    refused = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)[each, kept]
+    rest = torch.where((kept < counts)[:, None], (following - refused).clamp_min(0), following)
+    # p and q that differ by rounding alone leave nothing; then p itself is right to the last bit.
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, following)
+    return kept, draw(rest, uniforms[:, -1])

@@ -1,0 +1,61 @@
+"""Tokens to text as they come: whole characters, and nothing that may belong to a stop string.
+
+A character may take several tokens and a stop string may end in the middle of one, so text is given out late:
+the tokens since the last whole character are decoded together with the ones before them, and the longest end
+of the text that could still grow into a stop string is held back.
+"""
+
+from collections.abc import Callable, Sequence
+
+BROKEN = "\ufffd"
+LONGEST_CHARACTER = 4
+"""Tokens, as bytes in UTF-8; what is still broken after so many stays broken."""
+
+
+class TextStream:
+    """One sequence's text."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str] | None, stop: tuple[str, ...]) -> None:
+        self._decode, self._stop = decode, stop
+        self._tokens: list[int] = []
+        self._from, self._read = 0, 0
+        self._held = ""
+        self.stopped = False
+        """Whether a stop string has come; what follows it is not given out."""
+
+    def add(self, token: int) -> str:
+        """The text that may be given out once this token is there."""
+        if self._decode is None or self.stopped:
+            return ""
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._from : self._read])
+        now = self._decode(self._tokens[self._from :])
+        if now.endswith(BROKEN) and len(self._tokens) - self._read < LONGEST_CHARACTER:
+            return ""
+        self._from, self._read = self._read, len(self._tokens)
+        return self._given(now[len(before) :])
+
+    def end(self) -> str:
+        """What was held back, once no token follows."""
+        if self._decode is None or self.stopped:
+            return ""
+        before = self._decode(self._tokens[self._from : self._read])
+        rest = self._given(self._decode(self._tokens[self._from :])[len(before) :])
+        rest, self._held = rest + ("" if self.stopped else self._held), ""
+        self._read = len(self._tokens)
+        return rest
+
+    def _given(self, new: str) -> str:
+        self._held += new
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._held[: min(found)]
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return given
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,177 @@
+"""A plan as a terminal's table and as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from counterflow.plan import count
+from counterflow.plan.answer import Answer
+from counterflow.plan.memory import Memory
+from counterflow.units import bytes_, seconds
+from counterflow.units import count as number
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest word: the first and the last to the left, numbers to the right."""
+    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
+    lines = []
+    for row in table:
+        ends = (0, len(row) - 1)
+        cells = [
+            f"{cell:<{width}}" if place in ends else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def terminal(answer: Answer) -> str:
+    """All of a plan but the timeline."""
+    sections = [
+        _headline(answer),
+        _model(answer),
+        "Layouts, the best first; simulated cell by cell:\n" + aligned(layouts(answer)),
+        _why_not(answer),
+        "One step of the first, simulated op by op:\n" + aligned(step_rows(answer)),
+        "Memory by rank at its peak:\n" + aligned(memory_rows(answer.memory)),
+        "The whole run:\n" + aligned(price_rows(answer)),
+        "Assumptions:\n" + aligned(assumption_rows(answer)),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _headline(answer: Answer) -> str:
+    job = answer.job
+    return (
+        f"{answer.step.costs.layout.gpus} {answer.hardware.card.name} over {answer.hardware.fabric.name}, "
+        f"{job.precision}, batch {job.batch_size} × {job.sequence_length} tokens: {answer.step.seconds:.2f} s a step, "
+        f"{seconds(answer.price.days_with_failures * 86400)} for {number(job.tokens)} tokens."
+    )
+
+
+def _model(answer: Answer) -> str:
+    model, length = answer.job.model, answer.job.sequence_length
+    sizes = count.count_parameters(model)
+    causal, full = (count.flops_per_token(model, length, causal) for causal in (True, False))
+    extra = count.flops_per_token(model, length, True, with_mtp=True)
+    return (
+        f"Model: {number(sizes.total)} parameters, {number(sizes.active)} active; a trained token takes "
+        f"{causal / 1e9:.4g} GFLOP causal, {full / 1e9:.4g} not, {extra / 1e9:.4g} causal with MTP."
+    )
+
+
+def layouts(answer: Answer) -> list[list[str]]:
+    """A row for each of the best."""
+    table = [["", "step", "tokens/s/GPU", "peak memory", "layout"]]
+    gpus, tokens = answer.step.costs.layout.gpus, answer.job.tokens_per_step
+    for place, one in enumerate(answer.found.best, start=1):
+        rate = tokens / one.seconds / gpus
+        row = [str(place), f"{one.seconds:.3f} s", f"{rate:.0f}", bytes_(one.peak.total), str(one.layout)]
+        table.append(row)
+    return table
+
+
+def _why_not(answer: Answer) -> str:
+    reasons = [f"{times} × {reason}" for reason, times in answer.found.fell_out.most_common()]
+    return f"{answer.found.fitting} layouts fit; others fell out: {'; '.join(reasons)}." if reasons else ""
+
+
+def step_rows(answer: Answer) -> list[list[str]]:
+    """Where a step's seconds go."""
+    step, update = answer.step, answer.step.update
+    share = f"{100 * step.idle_s / step.seconds:.1f} %"
+    least, most = min(step.idle), max(step.idle)
+    return [
+        ["part", "seconds", ""],
+        [
+            "pipeline",
+            f"{step.pipeline_s:.3f}",
+            f"{sum(step.schedule.microbatches)} micro-batches a data rank",
+        ],
+        ["  of it idle", f"{step.idle_s:.3f}", f"{share} of the step; by rank {least:.3f} to {most:.3f}"],
+        ["gradient sums", f"{update.reduce_s:.3f}", "over the holders of each parameter"],
+        ["gather weights", f"{update.gather_s:.3f}", "ZeRO-1"],
+        ["Adam", f"{update.adam_s:.3f}", "norm, update, zeroing"],
+        ["step", f"{step.seconds:.3f}", f"{step.tokens_per_s:.0f} tokens/s/GPU; {_mfu(answer)}"],
+    ]
+
+
+def _mfu(answer: Answer) -> str:
+    peak = "fp32" if answer.job.precision == "fp32" else "bf16"
+    causal, full = answer.step.mfu(), answer.step.mfu(causal=False)
+    return f"MFU {100 * causal:.1f} % causal, {100 * full:.1f} % not, of {peak}'s peak"
+
+
+def memory_rows(every: Sequence[Memory]) -> list[list[str]]:
+    """A row a rank."""
+    names = (
+        "weights",
+        "gradients",
+        "masters",
+        "moments",
+        "activations",
+        "transient",
+        "buffers",
+        "reserved",
+        "total",
+    )
+    table = [["rank", *names, "peak at cell"]]
+    for one in every:
+        table.append([str(one.rank), *(bytes_(getattr(one, name)) for name in names), str(one.peak_cell)])
+    return table
+
+
+def price_rows(answer: Answer) -> list[list[str]]:
+    """Time, money, energy."""
+    cost = answer.price
+    return [
+        ["what", "how much", ""],
+        ["GPU hours", number(cost.gpu_hours), f"{number(cost.gpu_hours_per_trillion)} for a trillion tokens"],
+        ["dollars", number(cost.dollars), f"at ${cost.dollars / cost.gpu_hours:.2f} a GPU hour"],
+        ["energy", f"{cost.energy_mwh:.4g} MWh", "sheet watts, and a facility's share"],
+        ["days of steps", f"{cost.days:.4g}", ""],
+        ["failures", f"{cost.failures:.3g}", f"a checkpoint every {seconds(cost.interval_s)}"],
+        [
+            "days in all",
+            f"{cost.days_with_failures:.4g}",
+            f"failures and checkpoints add {100 * cost.overhead:.2g} %",
+        ],
+    ]
+
+
+def assumption_rows(answer: Answer) -> list[list[str]]:
+    """What was assumed, and how it is known."""
+    table = [["number", "value", "status", "source"]]
+    for one in answer.assumptions:
+        table.append([one.name, f"{one.value:.4g} {one.unit}", one.status, one.source])
+    return table
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """The plan's numbers, for other programs; seconds, bytes and dollars."""
+    step, found = answer.step, answer.found
+    return {
+        "gpus": step.costs.layout.gpus,
+        "card": answer.hardware.card.name,
+        "fabric": answer.hardware.fabric.name,
+        "precision": answer.job.precision,
+        "batch_size": answer.job.batch_size,
+        "sequence_length": answer.job.sequence_length,
+        "layouts": [
+            {**asdict(one.layout), "step_s": one.seconds, "peak_bytes": one.peak.total} for one in found.best
+        ],
+        "fitting": found.fitting,
+        "fell_out": dict(found.fell_out),
+        "step": {
+            "seconds": step.seconds,
+            "pipeline_s": step.pipeline_s,
+            "idle_s": step.idle,
+            "update_s": asdict(step.update),
+            "tokens_per_s_per_gpu": step.tokens_per_s,
+            "mfu_causal": step.mfu(),
+            "mfu_not_causal": step.mfu(causal=False),
+        },
+        "memory": [{**asdict(one), "total": one.total} for one in answer.memory],
+        "price": {**asdict(answer.price), "days_with_failures": answer.price.days_with_failures},
+        "assumptions": [asdict(one) for one in answer.assumptions],
+    }

@@ -1,0 +1,222 @@
+"""The routes: completions, chat completions, models, metrics, health and a page to try the model.
+
+One `Service` holds what a route needs; a route checks, submits, and gives the deltas out whole or as a stream. Errors
+leave in OpenAI's form whatever raised them. A client that goes away ends its texts.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from time import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from counterflow.data.tokenizer import Tokenizer
+from counterflow.errors import RequestError
+from counterflow.infer.engine import Engine
+from counterflow.infer.request import Delta, Sampling
+from counterflow.serve.answers import ChatForm, Choice, CompletionForm, Form, failure, usage
+from counterflow.serve.guard import App, Guard
+from counterflow.serve.metrics import Metrics
+from counterflow.serve.protocol import Asked, ChatAsked, CompletionAsked
+from counterflow.serve.worker import Busy, EngineFailed, Ticket, Worker
+
+CODES = {404: "not_found", 413: "body_too_large"}
+NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass
+class Service:
+    """What the routes share."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    name: str
+    max_queue: int
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time()))
+    _worker: Worker | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """The engine's thread."""
+        assert self._worker is not None, "the application's lifespan starts the worker"
+        return self._worker
+
+    @asynccontextmanager
+    async def life(self, _: FastAPI) -> AsyncIterator[None]:
+        """The engine's thread lives as long as the application."""
+        self._worker = Worker(self.engine, self.max_queue, self.metrics.first_token_s)
+        yield
+        await self._worker.stop()
+
+    async def completions(self, asked: CompletionAsked, request: Request) -> Response:
+        """POST /v1/completions."""
+        self.require_model(asked)
+        prompts, sampling = asked.prompts(self.tokenizer), asked.settings(self.tokenizer.eos)
+        form = CompletionForm(self.name, self.tokenizer, asked.logprobs is not None)
+        echoes = [self.tokenizer.decode(prompt, specials=False) if asked.echo else "" for prompt in prompts]
+        return await self.respond(asked, form, prompts, echoes, sampling, request)
+
+    async def chat(self, asked: ChatAsked, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        self.require_model(asked)
+        prompts = asked.prompts(self.tokenizer)
+        sampling = asked.settings(self.tokenizer.eos, self.engine.batch.positions, self.tokenizer)
+        form = ChatForm(self.name, self.tokenizer, asked.logprobs)
+        return await self.respond(asked, form, prompts, [""], sampling, request)
+
+    async def models(self) -> dict[str, Any]:
+        """GET /v1/models."""
+        return {"object": "list", "data": [await self.model(self.name)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """GET /v1/models/NAME."""
+        if name != self.name:
+            raise HTTPException(404, f"The model '{name}' is not here; this server has '{self.name}'.")
+        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "counterflow"}
+
+    async def health(self) -> Response:
+        """GET /health: 200 while the engine runs."""
+        failed = self.worker.failure
+        return PlainTextResponse("ok\n" if failed is None else f"{failed}\n", 200 if failed is None else 503)
+
+    async def numbers(self) -> Response:
+        """GET /metrics."""
+        text = self.metrics.text(self.engine, self.worker.under_way)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def page(self) -> Response:
+        """GET /: the page to try the model."""
+        return HTMLResponse(files("counterflow.serve").joinpath("page.html").read_text(encoding="utf-8"))
+
+    def require_model(self, asked: Asked) -> None:
+        """Fails (HTTPException 404) if another model was meant."""
+        if asked.model != self.name:
+            raise HTTPException(404, f"The model '{asked.model}' is not here; this server has '{self.name}'.")
+
+    async def respond(
+        self,
+        asked: Asked,
+        form: Form,
+        prompts: list[list[int]],
+        echoes: list[str],
+        sampling: Sampling,
+        request: Request,
+    ) -> Response:
+        """Submit, and answer whole or as a stream."""
+        ticket = self.worker.submit(prompts, sampling, asked.n)
+        order = [(prompt, echo) for prompt, echo in zip(prompts, echoes, strict=True) for _ in range(asked.n)]
+        choices = [Choice(index, prompt, echo) for index, (prompt, echo) in enumerate(order)]
+        if asked.stream:
+            wants_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            lines = stream(form, self.worker.read(ticket), choices, prompts, wants_usage)
+            return StreamingResponse(lines, media_type="text/event-stream", headers=NO_CACHE)
+        watch = asyncio.create_task(_watch(request, ticket))
+        try:
+            async for index, delta in self.worker.read(ticket):
+                choices[index].add(delta)
+        finally:
+            watch.cancel()
+        body = form.envelope(form.kind, [form.whole(choice) for choice in choices])
+        return JSONResponse(body | {"usage": usage(prompts, choices)})
+
+
+async def stream(
+    form: Form,
+    deltas: AsyncGenerator[tuple[int, Delta]],
+    choices: list[Choice],
+    prompts: list[list[int]],
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    """Server-sent events, a chunk each, and [DONE]; an echo goes out with a choice's first chunk."""
+    echoes = [choice.text for choice in choices]
+    for choice in choices:
+        choice.text = ""
+    last: dict[str, Any] = {"usage": None} if wants_usage else {}
+    try:
+        async with aclosing(deltas):
+            async for index, delta in deltas:
+                choice = choices[index]
+                piece = form.piece(choice, delta)
+                if not choice.begun and echoes[index]:
+                    piece["text"] = echoes[index] + piece["text"]
+                    choice.text += echoes[index]
+                choice.add(delta)
+                choice.begun = True
+                yield f"data: {json.dumps(form.envelope(form.chunk, [piece]) | last)}\n\n"
+        if wants_usage:
+            yield f"data: {json.dumps(form.envelope(form.chunk, []) | {'usage': usage(prompts, choices)})}\n\n"
+    except EngineFailed as error:
+        yield f"data: {json.dumps(failure(f'The engine failed: {error}', 'server_error'))}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+async def _watch(request: Request, ticket: Ticket) -> None:
+    """Ends the ticket when the client goes away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    ticket.deltas.put_nowait(HTTPException(499, "The client has gone away."))
+
+
+def application(service: Service, api_key: str = "", max_body_bytes: int = 2**20) -> App:
+    """The ASGI application; with an `api_key`, /v1/ asks for it as a bearer token."""
+    app = FastAPI(title="Counterflow", lifespan=service.life, docs_url=None, redoc_url=None, openapi_url=None)
+    app.post("/v1/completions", response_model=None)(service.completions)
+    app.post("/v1/chat/completions", response_model=None)(service.chat)
+    app.get("/v1/models", response_model=None)(service.models)
+    app.get("/v1/models/{name}", response_model=None)(service.model)
+    app.get("/health", response_model=None)(service.health)
+    app.get("/metrics", response_model=None)(service.numbers)
+    app.get("/", response_model=None)(service.page)
+    for kind, handler in HANDLERS.items():
+        app.add_exception_handler(kind, handler)
+    return Guard(app, service.metrics, api_key, max_body_bytes)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    return JSONResponse(failure(str(error), "invalid_request_error"), 400)
+
+
+async def _malformed(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "the table below says so"
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}." if where else f"{first['msg']}."
+    return JSONResponse(failure(message, "invalid_request_error", param=where or None), 400)
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "the table below says so"
+    body = failure(error.detail, "invalid_request_error", CODES.get(error.status_code))
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _busy(_: Request, error: Exception) -> Response:
+    message = "The queue is full; try again in a moment."
+    return JSONResponse(failure(message, "rate_limit_error", "queue_full"), 429, {"Retry-After": "1"})
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse(failure(f"The engine failed: {error}", "server_error"), 503)
+
+
+async def _unknown(_: Request, error: Exception) -> Response:
+    return JSONResponse(failure("The server made a mistake; its log says more.", "server_error"), 500)
+
+
+HANDLERS = {
+    RequestError: _refused,
+    RequestValidationError: _malformed,
+    HTTPException: _http,
+    Busy: _busy,
+    EngineFailed: _failed,
+    Exception: _unknown,
+}

@@ -1,0 +1,278 @@
+"""The server by OpenAI's own client and by plain requests: what comes is the engine's text, and errors have a form."""
+
+import http.client
+import json
+import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from counterflow.errors import ConfigError
+from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.request import Sampling
+from counterflow.infer.sample import sample_tokens
+from counterflow.serve.listen import ServerSettings, listening
+from tests.infer.models import finish
+from tests.serve.service import learnt, running
+
+PROMPT = "the pipeline "
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return learnt(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def toy(tokenizer):
+    with running(tokenizer) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(toy):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{toy.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def greedy(toy, tokenizer, prompt: str, count: int) -> str:
+    model = toy.service.engine.model
+    tokens = [tokenizer.eos, *tokenizer.encode(prompt)]
+    return tokenizer.decode(list(sample_tokens(model, tokens, count, 0.0, stop=frozenset([tokenizer.eos]))))
+
+
+def test_a_completion_is_the_models_text_whole_and_as_a_stream(toy, client, tokenizer):
+    asked = {"model": "toy", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    answer = client.completions.create(**asked)
+    expected = greedy(toy, tokenizer, PROMPT, 12)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (expected, "length")
+    read = 1 + len(tokenizer.encode(PROMPT))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 12)
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == expected
+    assert chunks[-2].choices[0].finish_reason == "length" and len(chunks) > 3
+    assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage
+
+
+def test_chat_speaks_as_the_assistant_and_stops_before_the_next_turn(toy, client, tokenizer):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    asked = {"model": "toy", "messages": turns, "max_tokens": 9, "temperature": 0}
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+    expected = greedy(toy, tokenizer, "System: Be brief.\n\nUser: hello\n\nAssistant:", 9)
+    assert answer.choices[0].message.content == expected and answer.choices[0].message.role == "assistant"
+    named = answer.choices[0].logprobs.content
+    assert len(named) == 9 and all(one.top_logprobs[0].logprob == one.logprob for one in named)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[1].choices[0].delta.role is None
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == expected
+
+
+def test_lists_of_prompts_token_ids_and_samples_come_in_order(toy, client, tokenizer):
+    ids = [tokenizer.eos, *tokenizer.encode(PROMPT)]
+    texts = client.completions.create(
+        model="toy", prompt=[PROMPT, "def"], max_tokens=6, temperature=0
+    ).choices
+    given = client.completions.create(model="toy", prompt=[ids, [5, 6]], max_tokens=6, temperature=0).choices
+    alone = client.completions.create(model="toy", prompt=ids, max_tokens=6, temperature=0).choices
+    assert texts[0].text == given[0].text == alone[0].text == greedy(toy, tokenizer, PROMPT, 6)
+    asked = {"model": "toy", "prompt": [PROMPT, "def"], "max_tokens": 6, "n": 3, "seed": 7}
+    many = client.completions.create(**asked)
+    assert [choice.index for choice in many.choices] == list(range(6))
+    assert [c.text for c in client.completions.create(**asked).choices] == [c.text for c in many.choices]
+    assert len({choice.text for choice in many.choices}) > 2
+    assert many.usage.prompt_tokens == len(ids) + 1 + len(tokenizer.encode("def"))
+
+
+def test_echo_and_logprobs_score_a_prompt_as_the_engine_does(toy, tokenizer):
+    """What lm-eval asks: the prompt's tokens with their log-probabilities, and the likeliest beside each."""
+    ids = [tokenizer.eos, *tokenizer.encode(PROMPT)]
+    engine = Engine(toy.service.engine.model, EngineSettings(drafts=0))
+    sampling = Sampling(1, temperature=0, logprobs=1, prompt_logprobs=True)
+    sequence = engine.add(ids, sampling)[0]
+    (delta,) = finish(engine)[sequence]
+    named = [*delta.prompt_logprobs, *delta.logprobs]
+    for prompt in (ids, PROMPT):
+        asked = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+        choice = toy.complete(**asked)["choices"][0]
+        said = choice["logprobs"]
+        assert choice["text"] == PROMPT + tokenizer.decode(sequence.tokens[len(ids) :])
+        assert said["token_logprobs"][0] is None and said["top_logprobs"][0] is None
+        for ours, theirs, top in zip(
+            named[1:], said["token_logprobs"][1:], said["top_logprobs"][1:], strict=True
+        ):
+            assert abs(ours.logprob - theirs) < 1e-4
+            assert len(top) == 1 and abs(max(top.values()) - ours.top[0][1]) < 1e-4
+        assert said["text_offset"][:3] == [0, 0, len(tokenizer.decode(ids[:2]))]
+    scored = toy.complete(prompt=PROMPT, max_tokens=0, logprobs=0, echo=True)["choices"][0]
+    assert scored["text"] == PROMPT and len(scored["logprobs"]["tokens"]) == len(ids)
+
+
+def test_stops_end_a_text(toy, tokenizer):
+    whole = toy.complete(prompt=PROMPT, max_tokens=20, temperature=0)["choices"][0]["text"]
+    stop = whole[6:9]
+    choice = toy.complete(prompt=PROMPT, max_tokens=20, temperature=0, stop=["\0\0", stop])["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+WRONG = {
+    "no JSON": b"{",
+    "not UTF-8": b'{"prompt": "\xff"}',
+    "a list": b"[]",
+    "deep": b"[" * 50_000,
+    "half a character": b'{"model": "toy", "prompt": "\\ud800"}',
+    "a huge number": b'{"model": "toy", "prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    "empty": b"",
+    **{
+        str(fields): json.dumps({"model": "toy", "prompt": "a"} | fields).encode()
+        for fields in (
+            {"model": "\ud800"},
+            {"stop": "\ud800", "max_tokens": -1},
+            {"prompt": []},
+            {"prompt": [[]]},
+            {"prompt": [300]},
+            {"prompt": [-1]},
+            {"prompt": ["a", 1]},
+            {"prompt": None},
+            {"prompt": [1] * 300},
+            {"prompt": ["a"] * 2000},
+            {"n": 0},
+            {"n": 10**9},
+            {"n": 128, "prompt": ["a"] * 1000},
+            {"max_tokens": -1},
+            {"max_tokens": "5"},
+            {"temperature": -1},
+            {"temperature": float("nan")},
+            {"temperature": "hot"},
+            {"top_p": 0},
+            {"top_k": -3},
+            {"logprobs": 21},
+            {"stop": [""]},
+            {"stop": ["a"] * 99},
+            {"stream": "yes"},
+            {"best_of": 4},
+            {"suffix": "x"},
+            {"presence_penalty": 1},
+            {"logit_bias": {"5": 1}},
+            {"max_tokns": 5},
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("body", WRONG.values(), ids=[name[:40] for name in WRONG])
+def test_malformed_requests_get_an_error_in_openais_form(toy, body):
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        status, answer = toy.ask(path, raw=body)
+        assert status in (400, 404), answer
+        error = json.loads(answer)["error"]
+        assert error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_errors_name_what_was_wrong(client, toy):
+    with pytest.raises(openai.NotFoundError, match="this server has 'toy'"):
+        client.completions.create(model="gpt-4", prompt="a")
+    with pytest.raises(openai.BadRequestError, match="max_tokens is -1; it must be at least 0"):
+        client.completions.create(model="toy", prompt="a", max_tokens=-1)
+    with pytest.raises(openai.BadRequestError, match="role is 'dog'"):
+        client.chat.completions.create(model="toy", messages=[{"role": "dog", "content": "wuff"}])
+    assert toy.ask("/v1/nothing")[0] == 404 and toy.ask("/v1/completions")[0] == 405
+    assert json.loads(toy.ask("/v1/nothing")[1])["error"]["type"] == "invalid_request_error"
+    assert [model.id for model in client.models.list()] == ["toy"]
+
+
+def test_a_storm_of_requests_good_and_bad_loses_none(toy):
+    """150 good ones and 350 bad ones, twenty at a time; `bench/storm.py` asks more."""
+    bad = list(WRONG.values())
+    dice = random.Random(0)
+
+    def is_answered(number: int) -> bool:
+        if number % 10 < 7:
+            return toy.ask("/v1/completions", raw=dice.choice(bad))[0] in (400, 404)
+        body = toy.complete(prompt=PROMPT[: number % 13] + "x", max_tokens=number % 7 + 1, n=1 + number % 2)
+        return all(choice["finish_reason"] for choice in body["choices"])
+
+    with ThreadPoolExecutor(20) as pool:
+        assert all(pool.map(is_answered, range(500)))
+    toy.settle()
+    assert toy.ask("/health") == (200, b"ok\n")
+    engine = toy.service.engine
+    assert engine.blocks.available == engine.blocks.num_blocks
+
+
+def test_a_client_that_goes_away_ends_its_text(toy):
+    before = toy.service.engine.statistics.tokens
+    body = json.dumps({"model": "toy", "prompt": "a", "max_tokens": 240, "n": 8, "stream": True}).encode()
+    for stream in (True, False):
+        raw = body if stream else body.replace(b'"stream": true', b'"stream": false')
+        with socket.create_connection(("127.0.0.1", toy.port)) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+            if stream:
+                connection.recv(100)
+        toy.settle()
+    assert toy.service.engine.statistics.tokens - before < 2 * 8 * 240
+
+
+def test_metrics_and_page(toy):
+    toy.complete(prompt="a", max_tokens=3)
+    status, text = toy.ask("/metrics")
+    lines = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
+    assert status == 200 and float(lines["counterflow_tokens_total"]) >= 3
+    assert float(lines['counterflow_http_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert (
+        lines["counterflow_request_seconds_count"] == lines['counterflow_request_seconds_bucket{le="+Inf"}']
+    )
+    status, page = toy.ask("/")
+    assert status == 200 and b"v1/completions" in page
+
+
+def test_the_key_the_limits_and_a_graceful_stop(tokenizer):
+    with running(tokenizer, max_queue=2, sequences=1, api_key="secret", max_body_bytes=3000) as server:
+        key = {"Authorization": "Bearer secret"}
+        asked = {"model": "toy", "prompt": "a", "max_tokens": 150}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            status, body = server.ask("/v1/completions", asked, headers)
+            assert status == 401 and json.loads(body)["error"]["code"] == "invalid_api_key"
+        assert server.ask("/health")[0] == 200 and server.ask("/v1/models", headers=key)[0] == 200
+        status, body = server.ask("/v1/completions", asked | {"prompt": "a" * 4000}, key)
+        assert status == 413 and json.loads(body)["error"]["code"] == "body_too_large"
+        with ThreadPoolExecutor(8) as pool:
+            statuses = list(pool.map(lambda _: server.ask("/v1/completions", asked, key)[0], range(8)))
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 3
+        last = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = json.dumps(asked | {"stream": True})
+        last.request("POST", "/v1/completions", body, {"Content-Type": "application/json"} | key)
+        answer = last.getresponse()
+        first = answer.read(10)
+    assert first and answer.read().endswith(b"data: [DONE]\n\n"), "what was under way is written to its end"
+    last.close()
+
+
+def test_a_failed_engine_says_so_to_everybody(tokenizer, monkeypatch):
+    with running(tokenizer) as server:
+        monkeypatch.setattr(server.service.engine, "run", lambda works: 1 / 0)
+        for _ in range(2):
+            status, body = server.ask("/v1/completions", {"model": "toy", "prompt": "a"})
+            assert status == 503 and "division by zero" in json.loads(body)["error"]["message"]
+        assert server.ask("/health")[0] == 503
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"host": "0.0.0.0"}, "no API key"),
+        ({"host": "example.org"}, "no API key"),
+        ({"port": 70000}, "port is 70000"),
+        ({"max_queue": 0}, "max_queue is 0"),
+    ],
+)
+def test_unsafe_settings_are_refused(wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        ServerSettings(**wrong)
+
+
+def test_a_port_that_is_taken_is_named(toy):
+    with pytest.raises(ConfigError, match=f"127.0.0.1 port {toy.port} cannot be listened on"):
+        listening(ServerSettings(port=toy.port))
