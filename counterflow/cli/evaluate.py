@@ -47,7 +47,8 @@ class HumanEval:
     unconfined: bool = False
     """Run programs although the system gives no namespaces: limits are then all that holds them."""
     json: str = ""
-    """Where the report is written; default humaneval.json in the run's folder."""
+    """Where the report is written; default humaneval.json in the run's folder. A model's texts are kept beside it as
+    .jsonl while it writes."""
 
 
 def humaneval(wish: HumanEval) -> None:
@@ -69,6 +70,7 @@ def humaneval(wish: HumanEval) -> None:
         settings |= {"prompt": wish.prompt, "sampling": asdict(sampling)}
         texts = bench.written(model, tokenizer, given, sampling, wish.samples, wish.prompt)
         out = Path(wish.json or folder / "humaneval.json")
+        texts = bench.kept(texts, out.with_suffix(".jsonl"))
     else:
         known: dict[str, Callable[[Any], Any]] = {"canonical": bench.canonical, "pass": bench.empty}
         make = known.get(wish.completions)

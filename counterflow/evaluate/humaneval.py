@@ -7,7 +7,7 @@ prompt rule, the stop list, the limits and the precision beside it.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,6 +108,15 @@ def written(
         # What stripping took from the prompt is the model's to write again.
         missing = given[task]["prompt"][len(PROMPTS[rule](given[task]["prompt"])) :]
         yield task, text.removeprefix(missing)
+
+
+def kept(completions: Iterable[tuple[str, str]], path: Path) -> Iterator[tuple[str, str]]:
+    """The completions, each written to a .jsonl file as it comes: a killed evaluation's can still be graded."""
+    with path.open("w", encoding="utf-8") as file:
+        for task, completion in completions:
+            file.write(json.dumps({"task_id": task, "completion": completion}) + "\n")
+            file.flush()
+            yield task, completion
 
 
 def program(problem: Problem, completion: str) -> str:

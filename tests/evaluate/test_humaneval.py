@@ -8,7 +8,7 @@ import pytest
 from counterflow.cli import main
 from counterflow.errors import ConfigError, DataError
 from counterflow.evaluate.complete import Sampling, complete
-from counterflow.evaluate.humaneval import Answer, from_file, pass_at, problems, written
+from counterflow.evaluate.humaneval import Answer, empty, from_file, kept, pass_at, problems, written
 from counterflow.evaluate.sandbox import Limits, Verdict, run_program
 from tests.data.test_tokenizer import learnt
 from tests.model.configs import BASE, random_model
@@ -62,6 +62,13 @@ def test_answers_of_others_are_graded(tmp_path, capsys):
     path.write_text("\n\n{}\n")
     with pytest.raises(DataError, match="is no completion"):
         list(from_file(path, given))
+
+
+def test_texts_are_kept_as_they_come(tmp_path):
+    given, path = problems(), tmp_path / "texts.jsonl"
+    coming = kept(empty(given), path)
+    first = [next(coming), next(coming)]
+    assert list(from_file(path, given)) == first == list(empty(given))[:2]
 
 
 @pytest.mark.parametrize("right", range(6))
