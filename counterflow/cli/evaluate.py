@@ -54,7 +54,7 @@ class HumanEval:
 def humaneval(wish: HumanEval) -> None:
     """Write, run, report."""
     from counterflow.evaluate import humaneval as bench
-    from counterflow.evaluate.complete import Sampling
+    from counterflow.evaluate.complete import BATCH, Sampling
     from counterflow.evaluate.sandbox import Limits, require_confinement
 
     if bool(wish.run) == bool(wish.completions):
@@ -66,7 +66,7 @@ def humaneval(wish: HumanEval) -> None:
     if wish.run:
         model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision)
         sampling = Sampling(wish.max_tokens, wish.temperature, wish.top_p, wish.seed, bench.STOPS)
-        settings |= {"precision": wish.precision, "averaged": wish.averaged, "batch": 1}
+        settings |= {"precision": wish.precision, "averaged": wish.averaged, "batch": BATCH}
         settings |= {"prompt": wish.prompt, "sampling": asdict(sampling)}
         texts = bench.written(model, tokenizer, given, sampling, wish.samples, wish.prompt)
         out = Path(wish.json or folder / "humaneval.json")

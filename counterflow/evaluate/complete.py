@@ -9,6 +9,9 @@ from counterflow.infer import request
 from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.model.transformer import Transformer
 
+BATCH = EngineSettings().max_sequences
+"""Texts written at a time."""
+
 
 @dataclass(frozen=True)
 class Sampling:
