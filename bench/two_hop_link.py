@@ -90,7 +90,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         for way in WAYS:
             given, route = (x.repeat_interleave(arguments.top, 0), single) if way == WAYS[0] else (x, whole)
             name = "two_hop" if way == WAYS[2] else "collective"
-            dispatcher = DISPATCHERS[name](peers, arguments.experts, False)
+            dispatcher = DISPATCHERS[name](peers, Terms(arguments.experts))
             dist.barrier()
             start = time.perf_counter()
             arrived = dispatcher.dispatch(given, route).wait()

@@ -24,6 +24,7 @@ from counterflow.benchmark.equality import (
 )
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.channels import Links, LocalChannels
+from counterflow.comm.dispatch import Terms
 from counterflow.comm.peers import thread_peers
 from counterflow.config.run import Parallel
 from counterflow.model.debts import main_grad
@@ -74,9 +75,8 @@ def run_block(
     def play(place: tuple[int, int]) -> RankResult:
         index, row = place
         own = part_of(model, index, size)
-        own.dispatcher = DISPATCHERS[layout.dispatch](
-            peers[row][index], model.config.num_routed_experts, False
-        )
+        terms = Terms(model.config.num_routed_experts)
+        own.dispatcher = DISPATCHERS[layout.dispatch](peers[row][index], terms)
         stages = {stage: Stage(own, plans[stage.index]) for stage in schedule.held(row)}
         executor = Executor(schedule, row, stages, LocalChannels(links[index]))
         sums = executor.run(lambda pipe, mb: samples[index, first[pipe] + mb], settings)

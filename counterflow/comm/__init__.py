@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 
 from counterflow.comm.collective import collective
-from counterflow.comm.dispatch import Dispatcher
+from counterflow.comm.dispatch import Dispatcher, Terms
 from counterflow.comm.local import Local
 from counterflow.comm.peers import Peers
 from counterflow.comm.two_hop import two_hop
 
-DISPATCHERS: Mapping[str, Callable[[Peers, int, bool], Dispatcher]] = {
-    "local": lambda peers, num_experts, fp8: Local(),
+DISPATCHERS: Mapping[str, Callable[[Peers, Terms], Dispatcher]] = {
+    "local": lambda peers, terms: Local(),
     "collective": collective,
     "two_hop": two_hop,
 }
-"""By name: (peers, experts of a layer, FP8 on the wire) give this rank's dispatcher."""
+"""By name: peers and terms give this rank's dispatcher."""

@@ -37,6 +37,20 @@ class Arrived:
     gates: Float[Tensor, "A K"]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a backend is asked for: the experts of a layer, and how their tokens travel."""
+
+    experts: int
+    """Of a layer, on all ranks together; a multiple of the ranks."""
+    fp8: bool = False
+    """Rows go out in FP8, a scale for every 128 numbers."""
+    tokens: int = 0
+    """The most that a rank sends in one call; backends with standing buffers make room for them."""
+    multiprocessors: int = 0
+    """Of the GPU, for communication; 0: the backend's own choice."""
+
+
 class Pending(Generic[Value]):
     """A result under way: `finish` orders what follows behind the transfer and gives it. It is called once."""
 

@@ -5,13 +5,14 @@ it over the node's fast links to each rank that holds one. On the way back the f
 ranks give, so one row a node crosses the slow link.
 """
 
+from counterflow.comm.dispatch import Terms
 from counterflow.comm.hop import Hop
 from counterflow.comm.peers import Peers
 from counterflow.comm.relay import Relay
 
 
-def two_hop(peers: Peers, num_experts: int, fp8: bool = False) -> Relay:
+def two_hop(peers: Peers, terms: Terms) -> Relay:
     """Rank n × L + l is the l-th of node n. FP8 is made before the slow link and again before the fast one."""
     assert peers.rail is not None and peers.node is not None, "two hops need nodes"
-    each = num_experts // peers.rail.size
-    return Relay([Hop(peers.rail, each, fp8), Hop(peers.node, each // peers.node.size, fp8)])
+    each = terms.experts // peers.rail.size
+    return Relay([Hop(peers.rail, each, terms.fp8), Hop(peers.node, each // peers.node.size, terms.fp8)])

@@ -186,6 +186,9 @@ class Parallel:
     """For two_hop: expert ranks of a node, real or declared so; a divisor of `expert`."""
     dispatch_fp8: bool = False
     """Send tokens to experts in FP8, a scale for every 128 numbers; what comes back is not."""
+    multiprocessors: int = 0
+    """Multiprocessors of a GPU for communication: they bound its kernels and NCCL, and matmuls leave them free;
+    0: as many as each takes by itself."""
     record_step: int = 0
     """The step whose ops are timed for the timeline; 0: the third."""
     restarts: int = 0
@@ -194,7 +197,7 @@ class Parallel:
     def __post_init__(self) -> None:
         for name in ("pipeline", "data", "expert"):
             _at_least(f"parallel.{name}", getattr(self, name), 1)
-        for name in ("stages_per_rank", "node_ranks", "record_step", "restarts"):
+        for name in ("stages_per_rank", "node_ranks", "multiprocessors", "record_step", "restarts"):
             _at_least(f"parallel.{name}", getattr(self, name), 0)
         if self.data % self.expert:
             raise ConfigError(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from counterflow.comm import DISPATCHERS
-from counterflow.comm.dispatch import Dispatcher
+from counterflow.comm.dispatch import Dispatcher, Terms
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Group, Mesh
 from counterflow.comm.peers import process_peers
@@ -55,4 +55,6 @@ def open_dispatcher(run: RunConfig, mesh: Mesh) -> Dispatcher:
     parallel = run.parallel
     node = parallel.node_ranks if parallel.dispatch == "two_hop" else 0
     peers = process_peers(mesh, node)
-    return DISPATCHERS[parallel.dispatch](peers, run.model.num_routed_experts, parallel.dispatch_fp8)
+    tokens = run.train.micro_batch_size * run.data.sequence_length
+    terms = Terms(run.model.num_routed_experts, parallel.dispatch_fp8, tokens, parallel.multiprocessors)
+    return DISPATCHERS[parallel.dispatch](peers, terms)

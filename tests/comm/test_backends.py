@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from counterflow.comm import DISPATCHERS
-from counterflow.comm.dispatch import Route
+from counterflow.comm.dispatch import Route, Terms
 from counterflow.comm.hop import Hop
 from counterflow.comm.local import Local
 from counterflow.comm.peers import thread_peers
@@ -94,7 +94,7 @@ def all_ranks(name: str, ranks: int, experts: Experts, every: list[Given], node:
     count = len(experts.down)
 
     def play(rank: int):
-        dispatcher = DISPATCHERS[name](peers[rank], count, fp8)
+        dispatcher = DISPATCHERS[name](peers[rank], Terms(count, fp8))
         result = through(dispatcher, part(experts, rank, ranks), every[rank], delays[rank] if delays else 0.0)
         return *result, dispatcher
 
@@ -243,7 +243,7 @@ def test_ledgers_owe_the_experts_of_a_part():
         own, ledger = part(experts, rank, ranks), Ledger(owing=True)
         for weight in own.parameters():
             weight.main_grad = torch.zeros_like(weight)
-        dispatcher, one, ticket = DISPATCHERS["collective"](peers[rank], count, False), every[rank], []
+        dispatcher, one, ticket = DISPATCHERS["collective"](peers[rank], Terms(count)), every[rank], []
         rows, gates = _Dispatch.apply(one.x.requires_grad_(), one.gates, one.ids, dispatcher, ticket)
         y = own(replace(ticket[0], rows=rows, gates=gates), ledger)
         _Combine.apply(y, one.into, dispatcher, ticket[0]).backward(one.dout)
