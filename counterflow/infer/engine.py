@@ -42,6 +42,8 @@ class EngineSettings:
     """How many of the model's modules draft; −1: all, as far as `drafts` goes."""
     adapt: bool = True
     """Fewer or no drafts where measured times and acceptance say that they cost more than they bring."""
+    graphs: bool = True
+    """Replay decoding's passes as CUDA graphs where the model and its device allow it."""
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_rows", "block_size"):
@@ -71,7 +73,8 @@ class Engine:
         self.depth = Depth(drafts, settings.adapt)
         rows = max(settings.max_rows, settings.max_sequences * (1 + drafts))
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
-        self.runner = Runner(model, Cache(model, num_blocks, settings.block_size, self.modules), self.modules)
+        cache = Cache(model, num_blocks, settings.block_size, self.modules)
+        self.runner = Runner(model, cache, self.modules, settings.graphs)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
         self._prompts: dict[int, list[TokenLogprob | None]] = {}
