@@ -124,8 +124,8 @@ class Cache:
         if together:
             groups.insert(0, self._group(together, 0))
         device = self.entries.device
-        at = torch.tensor(positions, device=device)
-        return Rows(order, starts, self.rope[at], torch.tensor(slots, device=device), groups)
+        at, to = (torch.tensor(each, dtype=torch.long, device=device) for each in (positions, slots))
+        return Rows(order, starts, self.rope[at], to, groups)
 
     def packed(self, extents: Items[Extent], tokens: Items[list[int]], bucket: Bucket) -> list[int]:
         """All that an even pass is told, as one row of numbers: tokens, positions, slots of its rows, then blocks.

@@ -37,7 +37,7 @@ class Passes:
         def act(flat: Tensor, rows: Rows) -> Tensor:
             return run_trunk(self.model, flat, rows, self.cache)
 
-        return self._run(0, act, extents, tokens, [])
+        return self._run(0, act, extents, tokens, None)
 
     def module(
         self, depth: int, extents: Items[Extent], tokens: Items[list[int]], hidden: Items[Tensor]
@@ -55,19 +55,24 @@ class Passes:
         act: Callable[..., Tensor],
         extents: Items[Extent],
         tokens: Items[list[int]],
-        hidden: Items[Tensor],
+        hidden: Items[Tensor] | None,
     ) -> tuple[Float[Tensor, "T D"], list[int]]:
         device = self.cache.entries.device
         bucket = bucket_of(extents, self.cache.size) if self.graphs else None
         if self.graphs is None or bucket is None:
             rows = self.cache.rows(extents)
-            flat = torch.tensor([token for i in rows.order for token in tokens[i]], device=device)
-            states = [torch.cat([hidden[i] for i in rows.order])] if hidden else []
+            given = [token for i in rows.order for token in tokens[i]]
+            flat = torch.tensor(given, dtype=torch.long, device=device)
+            states = [] if hidden is None else [self._joined([hidden[i] for i in rows.order])]
             return act(flat, rows, *states), rows.starts
         numbers = torch.tensor(self.cache.packed(extents, tokens, bucket), device=device)
-        states = [even(hidden, bucket)] if hidden else []
+        states = [] if hidden is None else [even(hidden, bucket)]
         found = self.graphs.run((name, bucket), partial(self._even, act, bucket), numbers, *states)
         return found, [index * bucket.queries for index in range(len(extents))]
+
+    def _joined(self, hidden: Items[Tensor]) -> Float[Tensor, "T D"]:
+        none = self.model.head.new_empty(0, self.model.config.hidden_size)
+        return torch.cat([none, *hidden])
 
     def _even(
         self, act: Callable[..., Tensor], bucket: Bucket, numbers: Int[Tensor, "_"], *states: Tensor
@@ -128,5 +133,6 @@ def _run_layer(
 ) -> Float[Tensor, "T D"]:
     assert isinstance(layer, Layer), "the trunk is made of layers"
     context = Context(1, rows.rope, model.dispatcher, sequence_scale=0.0)
-    h = h + attend(layer.attention, layer.attn_norm(h), rows, cache, index)
+    if len(h):  # a rank without rows has no attention, but experts for the others' tokens
+        h = h + attend(layer.attention, layer.attn_norm(h), rows, cache, index)
     return layer.combine(layer.mlp(layer.dispatch(layer.feed(h, context)))).h

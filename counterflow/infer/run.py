@@ -16,6 +16,7 @@ from counterflow.infer import passes
 from counterflow.infer.batch import Work
 from counterflow.infer.cache import Cache, Extent
 from counterflow.infer.distribution import distribution
+from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
 from counterflow.infer.speculate import Drafter, verdict
 from counterflow.model.transformer import Transformer
@@ -44,10 +45,12 @@ class Outcome:
 class Runner:
     """Runs a schedule's works on a model and its cache; `graphs` asks for decoding's passes to be replayed."""
 
-    def __init__(self, model: Transformer, cache: Cache, modules: int, graphs: bool = True) -> None:
+    def __init__(
+        self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, graphs: bool = True
+    ) -> None:
         self.model, self.cache = model, cache
         self.passes = passes.Passes(model, cache, passes.graphs_for(model, graphs))
-        self.drafter = Drafter(self.passes, modules) if modules else None
+        self.drafter = Drafter(self.passes, modules, ranks) if modules else None
 
     @torch.no_grad()
     def run(self, works: list[Work]) -> Outcome:
