@@ -16,6 +16,8 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from counterflow.comm.traffic import Traffic
+
 Value = TypeVar("Value", covariant=True)
 
 
@@ -49,6 +51,8 @@ class Terms:
     """The most that a rank sends in one call; backends with standing buffers make room for them."""
     multiprocessors: int = 0
     """Of the GPU, for communication; 0: the backend's own choice."""
+    room: int = 0
+    """Rows that a rank has room for in one call, in backends with standing buffers; 0: as many as can come."""
 
 
 class Pending(Generic[Value]):
@@ -94,4 +98,8 @@ class Dispatcher(Protocol):
         self, drows: Float[Tensor, "A D"], dgates: Float[Tensor, "A K"], arrived: Arrived
     ) -> Pending[tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]]:
         """The gradients of the tokens, summed over ranks, and of their gates."""
+        ...
+
+    def traffic(self) -> list[Traffic]:
+        """What moved over each link, the outermost first, since this was last asked; empty where nothing travels."""
         ...

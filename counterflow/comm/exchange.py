@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm.arena import Arena, symmetric_arena
 from counterflow.comm.dispatch import Pending, there
 from counterflow.comm.mesh import Group
+from counterflow.errors import ConfigError
 
 PATIENCE_S = 300.0
 """How long a thread waits for another before it gives up."""
@@ -35,30 +37,34 @@ class Exchange(Protocol):
         """The rows of all ranks for this one, (Σ received, …), by rank; `rows`, (Σ sent, …), are by rank as well."""
         ...
 
+    def arena(self, size: int, device: torch.device) -> Arena:
+        """Bytes of memory on every rank that all reach into. Waits for all."""
+        ...
+
 
 class GroupExchange:
     """Between processes, over gloo or NCCL."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.size, self.index = len(group.ranks), group.index
-        self._group, self._device = group.handle, device
+        self.group, self._device = group.handle, device
 
     def counts(self, sent: Sequence[int]) -> list[int]:
         """How many rows come from each rank. Waits for all."""
-        if self._group is None:
+        if self.group is None:
             return list(sent)
         given = torch.tensor(sent, device=self._device)
         found = torch.empty_like(given)
-        dist.all_to_all_single(found, given, group=self._group)
+        dist.all_to_all_single(found, given, group=self.group)
         return found.tolist()
 
     def rows(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending[Tensor]:
         """The rows of all ranks for this one."""
-        if self._group is None:
+        if self.group is None:
             return there(rows)
         found = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
-            _bytes(found), _bytes(rows.contiguous()), list(received), list(sent), self._group, async_op=True
+            _bytes(found), _bytes(rows.contiguous()), list(received), list(sent), self.group, async_op=True
         )
         assert work is not None, "a member of the group gets a handle"
 
@@ -67,6 +73,15 @@ class GroupExchange:
             return found
 
         return Pending(finish)
+
+    def arena(self, size: int, device: torch.device) -> Arena:
+        """GPUs' memory, on one host."""
+        if self.group is not None and device.type != "cuda":
+            raise ConfigError(
+                "parallel.dispatch is nvlink and the device is a CPU; processes share memory on GPUs alone: set "
+                "parallel.dispatch to collective or two_hop."
+            )
+        return symmetric_arena(size, device, self.group, self.index)
 
 
 @dataclass
@@ -118,6 +133,17 @@ class ThreadExchange:
             return torch.cat(parts)
 
         return Pending(finish)
+
+    def arena(self, size: int, device: torch.device) -> Arena:
+        """Plain memory of the one process."""
+        number, self._number = self._number, self._number + 1
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        if own.is_cuda:
+            torch.cuda.synchronize(device)
+        for receiver in range(self.size):
+            self._mailbox.put(self.index, receiver, number, own)
+        parts = [self._mailbox.take(sender, self.index, number) for sender in range(self.size)]
+        return Arena(tuple(parts), self.index)
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ destination's one row a token comes home and is summed in fp32, destination by d
 lies behind its destinations: a rank with its experts, or a node with its ranks.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from counterflow.comm.clock import Mark, between, mark
+from counterflow.comm.clock import mark
 from counterflow.comm.dispatch import Pending, Route
 from counterflow.comm.exchange import Exchange
+from counterflow.comm.traffic import Traffic
 from counterflow.kernels.fp8 import dequantise, quantise
 
 
@@ -29,22 +30,6 @@ class Sent:
     """Rows from each source."""
     total: int
     """Tokens, those that went nowhere included."""
-
-
-@dataclass
-class Traffic:
-    """What a hop has moved since it was last asked."""
-
-    rows: int = 0
-    """Tokens' rows that left this rank, either way; what stays home does not count."""
-    bytes: int = 0
-    """All that left it, ids and gates included."""
-    waits: list[tuple[Mark, Mark]] = field(default_factory=list)
-    """When computation stood still for it."""
-
-    def waited(self) -> float:
-        """Seconds that computation stood still."""
-        return sum(between(start, end) for start, end in self.waits)
 
 
 class Hop:

@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from counterflow.comm.dispatch import Arrived, Pending, Route, there
+from counterflow.comm.traffic import Traffic
 
 
 class Local:
@@ -28,3 +29,7 @@ class Local:
     ) -> Pending[tuple[Float[Tensor, "T D"], Float[Tensor, "T K"]]]:
         """The rows' and gates' gradients as they are."""
         return there((drows, dgates))
+
+    def traffic(self) -> list[Traffic]:
+        """Nothing travels."""
+        return []

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from counterflow.comm.dispatch import Arrived, Pending, Route
-from counterflow.comm.hop import Hop, Sent, Traffic
+from counterflow.comm.hop import Hop, Sent
+from counterflow.comm.traffic import Traffic
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "fp32", "bf16")
-DISPATCHES = ("collective", "two_hop")
+DISPATCHES = ("collective", "two_hop", "nvlink", "copy_engine", "deep_ep")
 RECOMPUTES = ("none", "attention", "layer")
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "must", "never")
@@ -181,11 +181,15 @@ class Parallel:
     expert: int = 1
     """Data ranks that share the experts of each layer (expert parallelism); divides `data`."""
     dispatch: str = "collective"
-    """How tokens reach experts on other ranks: collective, or two_hop between nodes."""
+    """How tokens reach experts on other ranks: collective (gloo, NCCL), two_hop between nodes, and between the GPUs of
+    one host nvlink (our kernels), copy_engine, or deep_ep where it is installed."""
     node_ranks: int = 0
     """For two_hop: expert ranks of a node, real or declared so; a divisor of `expert`."""
     dispatch_fp8: bool = False
     """Send tokens to experts in FP8, a scale for every 128 numbers; what comes back is not."""
+    dispatch_room: float = 0.0
+    """For nvlink and copy_engine: the rows that a rank has room for, as a multiple of the tokens of its micro-batch; 0:
+    as many as can come. What exceeds it ends the run with an error, no row is dropped."""
     multiprocessors: int = 0
     """Multiprocessors of a GPU for communication: they bound its kernels and NCCL, and matmuls leave them free;
     0: as many as each takes by itself."""
@@ -204,6 +208,8 @@ class Parallel:
                 f"parallel.expert is {self.expert} and parallel.data {self.data}; experts are shared by data ranks: "
                 "make the second a multiple of the first."
             )
+        if self.dispatch_room < 0:
+            raise ConfigError(f"parallel.dispatch_room is {self.dispatch_room}; it must be 0 or above.")
         if self.dispatch not in DISPATCHES:
             raise ConfigError(f"parallel.dispatch is '{self.dispatch}'; {nearest(self.dispatch, DISPATCHES)}")
         if self.dispatch == "two_hop" and (not self.node_ranks or self.expert % self.node_ranks):

@@ -1,5 +1,6 @@
 """Who holds what: the groups that sum gradients, the part of the experts held here, and how tokens reach the others."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,5 +57,11 @@ def open_dispatcher(run: RunConfig, mesh: Mesh) -> Dispatcher:
     node = parallel.node_ranks if parallel.dispatch == "two_hop" else 0
     peers = process_peers(mesh, node)
     tokens = run.train.micro_batch_size * run.data.sequence_length
-    terms = Terms(run.model.num_routed_experts, parallel.dispatch_fp8, tokens, parallel.multiprocessors)
+    terms = Terms(
+        run.model.num_routed_experts,
+        parallel.dispatch_fp8,
+        tokens,
+        parallel.multiprocessors,
+        math.ceil(parallel.dispatch_room * tokens),
+    )
     return DISPATCHERS[parallel.dispatch](peers, terms)

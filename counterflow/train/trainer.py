@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.mesh import Mesh
-from counterflow.comm.relay import Relay
 from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
@@ -146,9 +145,9 @@ class Trainer:
 
     def traffic(self) -> dict[str, list[float]]:
         """With shared experts, by hop, outermost first: bytes that left any rank, seconds a rank waited for them."""
-        if not isinstance(self.dispatcher, Relay):
-            return {}
         hops = self.dispatcher.traffic()
+        if not hops:
+            return {}
         moved = torch.tensor(
             [[hop.bytes for hop in hops], [hop.waited() for hop in hops]], dtype=torch.float64
         )

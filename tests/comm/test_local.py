@@ -8,7 +8,7 @@ from counterflow.comm.dispatch import Dispatcher, Route, Terms
 from counterflow.comm.peers import thread_peers
 
 
-@pytest.mark.parametrize("name", DISPATCHERS)
+@pytest.mark.parametrize("name", [name for name in DISPATCHERS if name != "deep_ep"])
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_four_calls_on_one_rank(name, tokens):
     (peers,) = thread_peers(1, node_ranks=1)
