@@ -48,7 +48,7 @@ def compared(model: Transformer, batch: int, drafts: int, tokens: int, rounds: i
         for engine in engines:
             row = timed(engine, prompts, 0.0, tokens)
             graphs = engine.runner.passes.graphs
-            rows.append({"round": turn, "graphs": 0 if graphs is None else len(graphs), **row})
+            rows.append({"round": turn, "graphs": 0 if graphs is None else graphs.count, **row})
     return [row for row in rows if row["round"]]
 
 

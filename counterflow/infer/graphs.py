@@ -35,7 +35,9 @@ class Graphs:
         self._recorded: dict[Hashable, Recorded] = {}
         self._pool = None
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many are recorded."""
         return len(self._recorded)
 
     def run(self, key: Hashable, act: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Passes:
         hidden: Items[Tensor] | None,
     ) -> tuple[Float[Tensor, "T D"], list[int]]:
         device = self.cache.entries.device
-        bucket = bucket_of(extents, self.cache.size) if self.graphs else None
+        bucket = None if self.graphs is None else bucket_of(extents, self.cache.size)
         if self.graphs is None or bucket is None:
             rows = self.cache.rows(extents)
             given = [token for i in rows.order for token in tokens[i]]

@@ -6,7 +6,12 @@ agreed first: whether anyone works, the depth of drafts, and whether anyone has 
 largest of all ranks' numbers, over the exchange that tells how many rows are sent.
 """
 
+from counterflow.comm import DISPATCHERS
+from counterflow.comm.dispatch import Terms
 from counterflow.comm.exchange import Exchange
+from counterflow.comm.mesh import Mesh
+from counterflow.comm.peers import process_peers
+from counterflow.model.transformer import Transformer
 
 
 class Ranks:
@@ -25,3 +30,15 @@ class Ranks:
         if self.exchange is None:
             return value
         return max(self.exchange.counts([value] * self.exchange.size))
+
+
+def share_experts(model: Transformer, mesh: Mesh, rows: int) -> Ranks:
+    """The ranks of `mesh`, which all share the experts; `model`, which holds this rank's, is told how to reach them.
+
+    `rows` is the most that one of them runs over in a pass. A collective.
+    """
+    if mesh.expert == 1:
+        return Ranks()
+    peers = process_peers(mesh)
+    model.dispatcher = DISPATCHERS["collective"](peers, Terms(model.config.num_routed_experts, tokens=rows))
+    return Ranks(peers.whole)
