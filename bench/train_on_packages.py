@@ -8,7 +8,6 @@ Writes WORK/train.jsonl, WORK/held_out.jsonl, WORK/split.json and the run WORK/r
 
 import argparse
 import json
-import random
 import sys
 import time
 from pathlib import Path
@@ -20,18 +19,17 @@ from counterflow.data.corpus import open_corpus
 from counterflow.data.tokenizer import learn
 from counterflow.train.loop import train
 
-LEARN_BYTES = 30e6
+LEARN_BYTES = 20e6
 """Of training text that the tokenizer is learnt from: more changes few merges and takes minutes."""
 
 
-def prepared(packages: Path, work: Path, vocab_size: int) -> None:
+def prepared(packages: Path, work: Path, vocab_size: int, most: float) -> None:
     """The two parts and a tokenizer of the training part, unless they are there."""
     if (work / "split.json").is_file():
         return
     began = time.perf_counter()
     work.mkdir(parents=True, exist_ok=True)
-    parts = split(packages)
-    random.Random(0).shuffle(parts.train)
+    parts = split(packages, most=most)
     write(parts.train, work / "train.jsonl")
     write(parts.held_out, work / "held_out.jsonl")
     sample, size = [], 0
@@ -53,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--most", type=float, default=1e12, help="bytes of training text at most")
     parser.add_argument("--run", default="run", help="folder in WORK")
     parser.add_argument("model", help="a name of the model table")
     parser.add_argument("overrides", nargs="*", help="as of counterflow train")
@@ -67,7 +66,7 @@ def main() -> None:
         "keep.eval_every=1000000",
     ]
     run = load_run(wish.model, [*own, *wish.overrides])
-    prepared(wish.packages, wish.work, run.model.vocab_size)
+    prepared(wish.packages, wish.work, run.model.vocab_size, wish.most)
     sys.stdout.flush()
     code = train(run)
     sys.stdout.flush()

@@ -6,6 +6,7 @@ most of its telling lines stand in the training part: vendored copies go by othe
 """
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -48,14 +49,16 @@ class Split:
         }
 
 
-def split(root: Path, share: float = 0.03) -> Split:
+def split(root: Path, share: float = 0.03, most: float = 1e12) -> Split:
     """The packages in `root` by their names' hashes: those held out have about `share` of the bytes.
 
-    A package with more than half of that share is never held out.   Fails: DataError without a package on each side.
+    A package with more than half of that share is never held out. Training has `most` bytes at most, of files drawn
+    from all its packages.   Fails: DataError without a package on each side.
     """
+    files = sorted(_files(root))
     sizes: dict[str, int] = defaultdict(int)
-    for name, path in _files(root):
-        sizes[name] += path.stat().st_size
+    for name, _, size in files:
+        sizes[name] += size
     budget, held = share * sum(sizes.values()), set()
     for name in sorted(sizes, key=lambda each: blake2b(each.encode()).digest()):
         if sizes[name] <= budget / 2 and sum(sizes[each] for each in held) < budget:
@@ -64,12 +67,16 @@ def split(root: Path, share: float = 0.03) -> Split:
         raise DataError(
             f"{root} has {len(sizes)} packages with .py files; a split needs several: name another folder."
         )
-    return _sorted_out(root, held)
+    random.Random(0).shuffle(files)
+    return _sorted_out(sorted(files, key=lambda each: each[0] in held), held, most)
 
 
-def _sorted_out(root: Path, held: set[str]) -> Split:
-    found, seen, lines = Split(packages=sorted(held)), set(), set()
-    for name, path in sorted(_files(root), key=lambda each: (each[0] in held, each)):
+def _sorted_out(files: list[tuple[str, Path, int]], held: set[str], most: float) -> Split:
+    """Those of training come first, so that all their lines are known when the others are judged."""
+    found, seen, lines, taken = Split(packages=sorted(held)), set(), set(), 0
+    for name, path, size in files:
+        if name not in held and taken + size > most:
+            continue
         text = path.read_bytes().decode(errors="ignore")
         digest = blake2b(text.encode(), digest_size=16).digest()
         if digest in seen:
@@ -80,6 +87,7 @@ def _sorted_out(root: Path, held: set[str]) -> Split:
         if name not in held:
             found.train.append(text)
             lines |= mine
+            taken += size
         elif len(mine & lines) > NEAR * len(mine):
             found.near_duplicates += 1
         else:
@@ -87,11 +95,12 @@ def _sorted_out(root: Path, held: set[str]) -> Split:
     return found
 
 
-def _files(root: Path) -> Iterator[tuple[str, Path]]:
-    """(top-level package, file) of every .py file that is neither tiny nor a table."""
+def _files(root: Path) -> Iterator[tuple[str, Path, int]]:
+    """(top-level package, file, bytes) of every .py file that is neither tiny nor a table."""
     for path in root.rglob("*.py"):
-        if path.is_file() and MIN_BYTES <= path.stat().st_size <= MAX_BYTES:
-            yield path.relative_to(root).parts[0], path
+        size = path.stat().st_size if path.is_file() else 0
+        if MIN_BYTES <= size <= MAX_BYTES:
+            yield path.relative_to(root).parts[0], path, size
 
 
 def write(texts: list[str], path: Path) -> None:

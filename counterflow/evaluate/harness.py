@@ -6,14 +6,16 @@ lm-eval finds models by a registry that is filled when their module is imported;
     import counterflow.evaluate.harness
     lm_eval.simple_evaluate(model="counterflow", model_args="run=runs/tiny", tasks=[...])
 
-The prompt rule is lm-eval's for causal models: a context's trailing spaces belong to the continuation, and an empty
-context is the beginning token.
+lm-eval fills its registry with its own models when it is asked for one and the registry is empty; it is filled here
+first, or ours would hide them. The prompt rule is lm-eval's for causal models: a context's trailing spaces belong to
+the continuation, and an empty context is the beginning token.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports]
 import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
