@@ -75,20 +75,23 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
 
     mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
     model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
-    sampling = Sampling(
-        wish.max_tokens,
-        wish.temperature,
-        wish.top_p,
-        wish.top_k,
-        wish.seed,
-        wish.stop,
-        stop_tokens=frozenset([tokenizer.eos]),
-    )
     device = wish.device if mesh.size == 1 else mesh.device.type
     model = placed(model, device, wish.precision, settings)
     engine = Engine(model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows))
-    if mesh.first:
+
+    def ask() -> None:
+        sampling = Sampling(
+            wish.max_tokens,
+            wish.temperature,
+            wish.top_p,
+            wish.top_k,
+            wish.seed,
+            wish.stop,
+            stop_tokens=frozenset([tokenizer.eos]),
+        )
         engine.add([tokenizer.bos, *tokenizer.encode(wish.prompt)], sampling)
+
+    mesh.first_does(ask)
     text = _printed(engine, wish.prompt if mesh.first else "")
     if wish.stats and mesh.first:
         print(f"\n{described(engine.statistics, engine.depth)}", file=sys.stderr)

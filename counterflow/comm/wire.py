@@ -22,6 +22,8 @@ PATIENCE_S = 60.0
 """How long a kernel waits for another rank before it complains."""
 WARPS = 16
 """Of a program that moves rows: enough loads under way to fill its share of a link."""
+TILE = 8
+"""Rows that a program moves at once."""
 ALIGNED = 1024
 """Bytes; what lies in an arena begins at multiples of it."""
 INTERPRETER = threading.Lock()
@@ -106,7 +108,7 @@ class Wire:
             tokens if gates is None else gates, matrix, self.bases, self.at_rows[region], self.at_meta[region],
             self._flags(region), self.turns[region, PUSHED:], self.done, self.trouble,
             self.index, tokens.shape[1], self.rows, self.meta_rows, row_bytes, some if home else 2 * some, each,
-            words=words, block=min(4096, 1 << max(words - 1, 15).bit_length()), size=size,
+            words=words, block=min(4096, 1 << max(words - 1, 15).bit_length()), tile=TILE, size=size,
             K=some, wide=1 << (some - 1).bit_length(), home=home, meta=gates is not None, signal=signal,
             ranks=self.ranks, patience=self.patience, num_warps=WARPS,
         )  # fmt: skip

@@ -76,13 +76,13 @@ class Bucket:
     """Of each."""
 
 
-def bucket_of(extents: Items[Extent], size: int) -> Bucket | None:
+def bucket_of(extents: Items[Extent], size: int, longest: int) -> Bucket | None:
     """The bucket of a decoding pass: sequences and blocks filled up to powers of two, so that few buckets are met.
 
-    None where some sequence has more rows than decoding makes, or there are no sequences.
+    None where some sequence has more than the `longest` rows of decoding, or there are no sequences.
     """
     queries = max((extent.end - extent.start for extent in extents), default=0)
-    if not 0 < queries <= SHORT:
+    if not 0 < queries <= min(longest, SHORT):
         return None
     blocks = max(-(-extent.end // size) for extent in extents)
     return Bucket(power_of_two(len(extents)), queries, power_of_two(max(blocks, LEAST_BLOCKS)))

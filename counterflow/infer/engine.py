@@ -79,7 +79,8 @@ class Engine:
         rows = max(settings.max_rows, settings.max_sequences * (1 + drafts))
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
-        self.runner = Runner(model, cache, self.modules, self.ranks, settings.graphs)
+        replayed = 1 + drafts + self.modules if settings.graphs else 0
+        self.runner = Runner(model, cache, self.modules, self.ranks, replayed)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
         self._prompts: dict[int, list[TokenLogprob | None]] = {}

@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class Passes:
-    """A model's passes over one cache, replayed from `graphs` where they are decoding's and graphs are given."""
+    """A model's passes over one cache. Those in which no sequence has more than `longest` rows, as many as drafts make,
+    are replayed from `graphs`, if given."""
 
-    def __init__(self, model: Transformer, cache: Cache, graphs: Graphs | None) -> None:
-        self.model, self.cache, self.graphs = model, cache, graphs
+    def __init__(self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int) -> None:
+        self.model, self.cache, self.graphs, self.longest = model, cache, graphs, longest
 
     def trunk(
         self, extents: Items[Extent], tokens: Items[list[int]]
@@ -58,8 +59,8 @@ class Passes:
         hidden: Items[Tensor] | None,
     ) -> tuple[Float[Tensor, "T D"], list[int]]:
         device = self.cache.entries.device
-        bucket = None if self.graphs is None else bucket_of(extents, self.cache.size)
-        if self.graphs is None or bucket is None:
+        bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest)
+        if not self.graphs or not bucket:
             rows = self.cache.rows(extents)
             given = [token for i in rows.order for token in tokens[i]]
             flat = torch.tensor(given, dtype=torch.long, device=device)

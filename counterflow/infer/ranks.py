@@ -32,7 +32,7 @@ class Ranks:
         return max(self.exchange.counts([value] * self.exchange.size))
 
 
-def share_experts(model: Transformer, mesh: Mesh, rows: int) -> Ranks:
+def share_experts(model: Transformer, mesh: Mesh, rows: int, dispatch: str = "collective") -> Ranks:
     """The ranks of `mesh`, which all share the experts; `model`, which holds this rank's, is told how to reach them.
 
     `rows` is the most that one of them runs over in a pass. A collective.
@@ -40,5 +40,5 @@ def share_experts(model: Transformer, mesh: Mesh, rows: int) -> Ranks:
     if mesh.expert == 1:
         return Ranks()
     peers = process_peers(mesh)
-    model.dispatcher = DISPATCHERS["collective"](peers, Terms(model.config.num_routed_experts, tokens=rows))
+    model.dispatcher = DISPATCHERS[dispatch](peers, Terms(model.config.num_routed_experts, tokens=rows))
     return Ranks(peers.whole)

@@ -43,13 +43,11 @@ class Outcome:
 
 
 class Runner:
-    """Runs a schedule's works on a model and its cache; `graphs` asks for decoding's passes to be replayed."""
+    """Runs a schedule's works on a model and its cache; passes of up to `replayed` rows a sequence as CUDA graphs."""
 
-    def __init__(
-        self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, graphs: bool = True
-    ) -> None:
+    def __init__(self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, replayed: int) -> None:
         self.model, self.cache = model, cache
-        self.passes = passes.Passes(model, cache, passes.graphs_for(model, graphs))
+        self.passes = passes.Passes(model, cache, passes.graphs_for(model, replayed > 0), replayed)
         self.drafter = Drafter(self.passes, modules, ranks) if modules else None
 
     @torch.no_grad()

@@ -19,6 +19,8 @@ from triton.language.extra.cuda import globaltimer  # pyright: ignore[reportMiss
 
 PHASES = ("", "counts of rows", "room for rows", "rows")
 """What a kernel may wait for, as `trouble` numbers it."""
+MANY = tl.constexpr(64)
+"""Rows whose ids and gates go at once."""
 
 
 @triton.jit
@@ -79,17 +81,16 @@ def exchange(
 def push(
     rows, tokens, ids, gates, matrix, bases, at_rows, at_meta, at_flags, turns, done, trouble,
     me, T, room, meta_room, stride, meta_stride, each,
-    words: tl.constexpr, block: tl.constexpr, size: tl.constexpr, K: tl.constexpr, wide: tl.constexpr,
-    home: tl.constexpr, meta: tl.constexpr, signal: tl.constexpr, ranks: tl.constexpr, patience: tl.constexpr,
+    words: tl.constexpr, block: tl.constexpr, tile: tl.constexpr, size: tl.constexpr, K: tl.constexpr,
+    wide: tl.constexpr, home: tl.constexpr, meta: tl.constexpr, signal: tl.constexpr, ranks: tl.constexpr,
+    patience: tl.constexpr,
 ):  # fmt: skip
     """Rows to the ranks where they belong, each into its final place; a set number of programs, each row by one.
 
-    Outward, the tokens of each destination; `home`, the arrived rows of each source. With `meta` their ids and gates go
-    too, or the gates' gradients. A region has no rows that stay on a rank, but the ids and gates of those. Without
-    `signal` nobody is told: other rows follow.
+    Outward, each destination's tokens; `home`, the arrived rows of each source. With `meta` their ids and gates go too,
+    or the gates' gradients. A region lacks its own rank's rows, not their ids and gates. Without `signal` more follows.
     """
-    pid, programs = tl.program_id(0), tl.num_programs(0)
-    turn = tl.load(turns) + 1
+    pid, programs, turn = tl.program_id(0), tl.num_programs(0), tl.load(turns) + 1
     word: tl.constexpr = tl.int32 if size == 4 else tl.int8
     for rank in tl.static_range(ranks):
         _await(_int32(bases, me, at_flags) + ranks + rank, turn - 1, trouble, 2, rank, patience)
@@ -97,23 +98,26 @@ def push(
     for ahead in tl.static_range(ranks):
         to = (me + ahead) % ranks
         count, start, place, meta_place = _span(matrix, me, to, ranks, home)
-        rows_there = _word(bases, to, at_rows, word)
-        meta_there = _int32(bases, to, at_meta)
-        for j in range(pid, count, programs):
-            row = start + j if home else tl.load(tokens + to * T + j)
-            if (to != me) & (place + j < room):
-                _copy(rows, rows_there, row, place + j, stride, words, block, word)
-            if meta & (home == 0) & (meta_place + j < meta_room):
-                _route(ids, gates, meta_there, row, meta_place + j, to, each, meta_stride, K, wide)
-            if meta & home & (to != me) & (place + j < room):
-                _gates(gates, meta_there, row, place + j, meta_stride, K, wide)
+        there, meta_there = _word(bases, to, at_rows, word), _int32(bases, to, at_meta)
+        for first in range(pid * tile, tl.where(to == me, 0, count), programs * tile):
+            j = first + tl.arange(0, tile)
+            here = (j < count) & (place + j < room)
+            row = start + j if home else tl.load(tokens + to * T + j, mask=here, other=0)
+            _copy(rows, there, row, place + j, here, stride, words, block, word)
+        if meta:
+            for first in range(pid * MANY, tl.where(home & (to == me), 0, count), programs * MANY):
+                j = first + tl.arange(0, MANY)
+                here = (j < count) & (meta_place + j < meta_room)
+                if home:
+                    _gates(gates, meta_there, start + j, meta_place + j, here, meta_stride, K, wide)
+                else:
+                    row = tl.load(tokens + to * T + j, mask=here, other=0)
+                    _route(ids, gates, meta_there, row, meta_place + j, here, to, each, meta_stride, K, wide)
     if signal:
         tl.debug_barrier()
         if tl.atomic_add(done, 1, sem="acq_rel", scope="gpu") == programs - 1:
             tl.store(done, 0)
-            tl.store(turns, turn)
-            for rank in tl.static_range(ranks):
-                _signal(_int32(bases, rank, at_flags) + me, turn)
+            _tell(bases, at_flags + me * 4, turns, turn, ranks)
 
 
 @triton.jit
@@ -129,10 +133,7 @@ def await_room(bases, at_flags, turns, trouble, me, ranks: tl.constexpr, patienc
 @no_type_check
 def tell_rows(bases, at_flags, turns, me, ranks: tl.constexpr):
     """The rows are there: after a copy that is not a kernel."""
-    turn = tl.load(turns) + 1
-    tl.store(turns, turn)
-    for rank in tl.static_range(ranks):
-        _signal(_int32(bases, rank, at_flags) + me, turn)
+    _tell(bases, at_flags + me * 4, turns, tl.load(turns) + 1, ranks)
 
 
 @triton.jit
@@ -149,10 +150,7 @@ def await_rows(bases, at_flags, turns, trouble, me, ranks: tl.constexpr, patienc
 @no_type_check
 def give_room(bases, at_flags, turns, me, ranks: tl.constexpr):
     """The region has been read: all ranks may fill it again."""
-    turn = tl.load(turns) + 1
-    tl.store(turns, turn)
-    for rank in tl.static_range(ranks):
-        _signal(_int32(bases, rank, at_flags) + ranks + me, turn)
+    _tell(bases, at_flags + (ranks + me) * 4, turns, tl.load(turns) + 1, ranks)
 
 
 @triton.jit
@@ -190,12 +188,13 @@ def gather_sum(
 def _span(matrix, me, to, ranks: tl.constexpr, home: tl.constexpr):
     """Rows to send to a rank, the first of them here, its place in the region there, its place with those at home."""
     start, place, whole = 0, 0, 0
-    if home:
+    if home:  # the gates' gradients lie as the rows do
         count = tl.load(matrix + to * ranks + me)
         for rank in tl.static_range(ranks):
             start += tl.where(rank < to, tl.load(matrix + rank * ranks + me), 0)
             theirs = tl.load(matrix + to * ranks + rank)
             place += tl.where((rank < me) & (rank != to), theirs, 0)
+        whole = place
     else:
         count = tl.load(matrix + me * ranks + to)
         for rank in tl.static_range(ranks):
@@ -207,37 +206,44 @@ def _span(matrix, me, to, ranks: tl.constexpr, home: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _copy(rows, there, row, place, stride, words: tl.constexpr, block: tl.constexpr, word: tl.constexpr):
-    """One row, in the widest words it is made of."""
+def _copy(
+    rows, there, row, place, here, stride, words: tl.constexpr, block: tl.constexpr, word: tl.constexpr
+):
+    """Some rows at once, so that many loads are under way, in the widest words that they are made of."""
     mine = (rows + row.to(tl.int64) * stride).to(tl.pointer_type(word))
     theirs = there + place.to(tl.int64) * words
     if word == tl.int32:
         mine, theirs = tl.multiple_of(mine, 16), tl.multiple_of(theirs, 16)
     for first in tl.static_range(0, words, block):
         at = first + tl.arange(0, block)
-        tl.store(theirs + at, tl.load(mine + at, mask=at < words), mask=at < words)
+        mask = here[:, None] & (at < words)[None, :]
+        tl.store(theirs[:, None] + at[None, :], tl.load(mine[:, None] + at[None, :], mask=mask), mask=mask)
 
 
 @triton.jit
 @no_type_check
-def _route(ids, gates, there, row, place, to, each, stride, K: tl.constexpr, wide: tl.constexpr):
-    """A row's experts on the destination, −1 for those of others, and their gates as bits."""
-    k = tl.arange(0, wide)
-    expert = tl.load(ids + row * K + k, mask=k < K, other=-1).to(tl.int32)
-    gate = tl.load(gates + row * K + k, mask=k < K, other=0.0)
+def _route(
+    ids, gates, there, row, place, here, to, each, stride, K: tl.constexpr, wide: tl.constexpr
+):  # fmt: skip
+    """Some rows' experts on the destination, −1 for those of others, and their gates as bits."""
+    k = tl.arange(0, wide)[None, :]
+    mask = here[:, None] & (k < K)
+    expert = tl.load(ids + row[:, None] * K + k, mask=mask, other=-1).to(tl.int32)
+    gate = tl.load(gates + row[:, None] * K + k, mask=mask, other=0.0)
     mine = (expert >= to * each) & (expert < to * each + each)
-    at = there + place * stride + k
-    tl.store(at, tl.where(mine, expert - to * each, -1), mask=k < K)
-    tl.store(at + K, tl.where(mine, gate, 0.0).to(tl.int32, bitcast=True), mask=k < K)
+    at = there + place[:, None] * stride + k
+    tl.store(at, tl.where(mine, expert - to * each, -1), mask=mask)
+    tl.store(at + K, tl.where(mine, gate, 0.0).to(tl.int32, bitcast=True), mask=mask)
 
 
 @triton.jit
 @no_type_check
-def _gates(gates, there, row, place, stride, K: tl.constexpr, wide: tl.constexpr):
-    """A row's gradients of its gates, as bits."""
-    k = tl.arange(0, wide)
-    gate = tl.load(gates + row * K + k, mask=k < K, other=0.0)
-    tl.store(there + place * stride + k, gate.to(tl.int32, bitcast=True), mask=k < K)
+def _gates(gates, there, row, place, here, stride, K: tl.constexpr, wide: tl.constexpr):
+    """Some rows' gradients of their gates, as bits."""
+    k = tl.arange(0, wide)[None, :]
+    mask = here[:, None] & (k < K)
+    gate = tl.load(gates + row[:, None] * K + k, mask=mask, other=0.0)
+    tl.store(there + place[:, None] * stride + k, gate.to(tl.int32, bitcast=True), mask=mask)
 
 
 @triton.jit
@@ -251,6 +257,15 @@ def _int32(bases, rank, offset):
 @no_type_check
 def _word(bases, rank, offset, word: tl.constexpr):
     return (tl.load(bases + rank) + offset).to(tl.pointer_type(word))
+
+
+@triton.jit
+@no_type_check
+def _tell(bases, at_flag, turns, turn, ranks: tl.constexpr):
+    """A turn has come to its end: every rank's flag says so."""
+    tl.store(turns, turn)
+    for rank in tl.static_range(ranks):
+        _signal(_int32(bases, rank, at_flag), turn)
 
 
 @triton.jit

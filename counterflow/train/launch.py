@@ -41,9 +41,8 @@ def start(run: RunConfig, words: Sequence[str]) -> int:
     require_layout(run)
     if started() is not None:
         code = _join(run.parallel, resolve(run).train.device, lambda mesh: train(run, mesh))
-        return (
-            0 if code >= 128 and "TORCHELASTIC_RUN_ID" in os.environ else code
-        )  # stopped and saved: no failure
+        # A run that was stopped has saved: no failure, and nothing for the agent to start again.
+        return 0 if code >= 128 and "TORCHELASTIC_RUN_ID" in os.environ else code
     if run.parallel.processes == 1:
         return train(run)
     return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)

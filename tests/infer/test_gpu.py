@@ -75,8 +75,8 @@ def test_a_replayed_pass_equals_the_same_pass_unrecorded_bit_for_bit():
     model = placed(random_model(WIDE), "cuda", "bf16", SETTINGS)
     cache = Cache(model, 64, 16, 1)
     cache.entries.normal_(generator=torch.Generator("cuda").manual_seed(0))
-    replayed = passes.Passes(model, cache, Graphs())
-    plain = passes.Passes(model, cache, None)
+    replayed = passes.Passes(model, cache, Graphs(), 3)
+    plain = passes.Passes(model, cache, None, 0)
     seen = {}
     for turn in range(2):
         for sequences, rows, context in ((1, 1, 100), (3, 2, 70), (8, 1, 90), (5, 3, 30)):
@@ -84,7 +84,7 @@ def test_a_replayed_pass_equals_the_same_pass_unrecorded_bit_for_bit():
             h, starts = replayed.trunk(extents, tokens)
             states = [h[start : start + rows] for start in starts]
             deep, _ = replayed.module(0, extents, tokens, states)
-            bucket = bucket_of(extents, cache.size)
+            bucket = bucket_of(extents, cache.size, 3)
             numbers = torch.tensor(cache.packed(extents, tokens, bucket), device="cuda")
             flat, laid = cache.even_rows(numbers, bucket)
             again = passes.run_trunk(model, flat, laid, cache)

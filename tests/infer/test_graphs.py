@@ -33,10 +33,10 @@ def test_few_buckets_are_met_and_prompts_have_none():
     def extents(*spans: tuple[int, int]) -> list[Extent]:
         return [Extent(start, end, []) for start, end in spans]
 
-    assert bucket_of(extents((40, 42), (7, 8), (300, 301)), 4) == Bucket(4, 2, 128)
-    assert bucket_of(extents((0, 1)), 4) == Bucket(1, 1, 8)
-    assert bucket_of(extents((0, 17), (3, 4)), 4) is None
-    assert bucket_of([], 4) is None
+    assert bucket_of(extents((40, 42), (7, 8), (300, 301)), 4, 2) == Bucket(4, 2, 128)
+    assert bucket_of(extents((0, 1)), 4, 1) == Bucket(1, 1, 8)
+    assert bucket_of(extents((0, 3), (3, 4)), 4, 2) is None
+    assert bucket_of([], 4, 2) is None
 
 
 def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid):
@@ -52,7 +52,7 @@ def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid)
         cache = Cache(model, 32, 4, 3)
         entries = torch.randn(cache.entries[:, :-4].shape, generator=torch.Generator().manual_seed(0))
         cache.entries[:, :-4] = entries
-        each = passes.Passes(model, cache, graphs)
+        each = passes.Passes(model, cache, graphs, 3)
         out = []
         h, starts = each.trunk(extents, tokens)
         out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
