@@ -22,6 +22,7 @@ dataset_kwargs:
   cache_dir: {cache}
 test_split: test
 output_type: {kind}
+target_delimiter: ""
 doc_to_text: "{{{{context}}}}"
 {answer}
 metric_list:
@@ -29,9 +30,10 @@ metric_list:
 """
 TASKS = ("ours_choices", "ours_continued", "ours_rolling")
 DOCS = [
-    {"context": "the pipeline is fed", "choices": ["from both ends", "1234 5", "x"], "right": 0},
+    {"context": "the pipeline is fed", "choices": [" from both ends", " 1234 5", " x"], "right": 0},
     {"context": "def f(x):\n    return ", "choices": ["x", "12 + x\n", "(end) (end)"], "right": 1},
     {"context": "ein paar Wörter: ", "choices": ["übrig", "that", "which flows"], "right": 2},
+    {"context": "ein paar (end)", "choices": [".\n that", "!", " x"], "right": 0},
     {"context": "12345 67", "choices": ["8", "9 10 11 12 13", ".\n\n\n"], "right": 0},
 ]
 
@@ -47,7 +49,7 @@ def write_tasks(place) -> None:
         (
             "ours_continued",
             "loglikelihood",
-            'doc_to_target: " {{choices[right]}}"',
+            'doc_to_target: "{{choices[right]}}"',
             "  - metric: perplexity\n  - metric: acc",
         ),
         (
@@ -90,6 +92,10 @@ def test_in_process_and_over_http_give_the_same_likelihoods(tmp_path):
     import counterflow.evaluate.harness as harness
 
     tokenizer = learnt(tmp_path)
+    seam = len(tokenizer.encode(DOCS[3]["context"]))
+    assert tokenizer.encode(DOCS[3]["context"] + DOCS[3]["choices"][0])[:seam] != tokenizer.encode(
+        DOCS[3]["context"]
+    )
     write_tasks(tmp_path)
     with running(tokenizer) as server:
         export(server.service.engine.model, tokenizer, tmp_path / "out", Form("fp32"))
@@ -108,7 +114,7 @@ def test_in_process_and_over_http_give_the_same_likelihoods(tmp_path):
         outside |= scored("local-completions", tmp_path, TASKS[2:], model_args=client)
     for name, answers in inside.items():
         mine, theirs = flat(answers), flat(outside[name])
-        assert len(mine) == len(theirs) == {"ours_choices": 12}.get(name, 4)
+        assert len(mine) == len(theirs) == {"ours_choices": 15}.get(name, 5)
         assert all(log_p < -1 for log_p, _ in mine), mine
         for (a, a_greedy), (b, b_greedy) in zip(mine, theirs, strict=True):
             assert a == pytest.approx(b, abs=1e-4) and a_greedy == b_greedy

@@ -121,7 +121,7 @@ def test_the_end_token_is_among_the_logprobs_of_a_text_that_it_ends(toy, tokeniz
     assert said["tokens"][-1] == tokenizer.bpe.id_to_token(tokenizer.eos)
     assert said["token_logprobs"][-1] == max(said["top_logprobs"][-1].values())
     chat = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "temperature": 0}
-    status, body = toy.ask("/v1/chat/completions", {"model": "toy", "max_tokens": 200, **chat})
+    status, body = toy.ask("/v1/chat/completions", {"model": "toy", "max_tokens": 40, **chat})
     choice = json.loads(body)["choices"][0]
     read = len(choice["logprobs"]["content"])
     assert status == 200 and read == json.loads(body)["usage"]["completion_tokens"]
