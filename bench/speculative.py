@@ -77,7 +77,9 @@ def main() -> None:
         print(f"module {depth} on held-out text: " + ", ".join(f"{k} {v:.3f}" for k, v in shares.items()))
     for graphs in wish.graphs:
         for temperature in wish.temperatures:
-            print(f"\ntemperature {temperature:g}, CUDA graphs {'where possible' if graphs else 'off'}\n{HEADER}")
+            print(
+                f"\ntemperature {temperature:g}, CUDA graphs {'where possible' if graphs else 'off'}\n{HEADER}"
+            )
             for batch in wish.batches:
                 measured(model, texts, batch, temperature, bool(graphs), wish, raw)
     if wish.transformers:
