@@ -32,6 +32,10 @@ with open(folder / "docs.jsonl", "w") as out:
         if len(lines) >= 40:
             at = numbers.randrange(12, len(lines) - 8)
             wrong = [numbers.choice(lines) for _ in range(3)]
-            doc = {"context": "\n".join(lines[at - 10 : at]) + "\n", "choices": [lines[at], *wrong], "right": 0}
+            doc = {
+                "context": "\n".join(lines[at - 10 : at]) + "\n",
+                "choices": [lines[at], *wrong],
+                "right": 0,
+            }
             out.write(json.dumps(doc) + "\n")
 (folder / "next_line.yaml").write_text(TASK.format(folder=folder))
