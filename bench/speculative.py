@@ -132,7 +132,9 @@ def judged(
     ]
     device = "cuda" if raw["provenance"]["device_type"] == "cuda" else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[wish.precision]
-    judge = family.from_pretrained(str(wish.transformers), dtype=dtype, experts_implementation="grouped_mm")
+    judge: Any = family.from_pretrained(
+        str(wish.transformers), dtype=dtype, experts_implementation="grouped_mm"
+    )
     judge = judge.to(device).eval()
     raw["transformers"] = {"version": transformers.__version__, "rows": []}
     for batch, use_mtp in [(1, False), (1, True), *((each, False) for each in wish.batches if each > 1)]:
