@@ -17,12 +17,7 @@ def quantise(x: Float[Tensor, "T D"]) -> UInt8[Tensor, "T N"]:
         from counterflow.kernels import fp8_triton  # a CPU build of PyTorch comes without Triton
 
         return fp8_triton.quantise(x)
-    if not len(x):
-        return x.new_empty(0, -(-x.shape[1] // TILE) * (TILE + 4), dtype=torch.uint8)
-    tiles = F.pad(x.float(), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    scales = tiles.abs().amax(-1).clamp_min(1e-12) / LARGEST
-    numbers = (tiles / scales[..., None]).to(torch.float8_e4m3fn).flatten(1)
-    return torch.cat([numbers.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+    return quantise_plainly(x)
 
 
 def dequantise(
@@ -35,7 +30,22 @@ def dequantise(
         from counterflow.kernels import fp8_triton
 
         return fp8_triton.dequantise(packed, out)
+    return out.copy_(dequantise_plainly(packed, width))
+
+
+def quantise_plainly(x: Float[Tensor, "T D"]) -> UInt8[Tensor, "T N"]:
+    """The same by ops of PyTorch."""
+    if not len(x):
+        return x.new_empty(0, -(-x.shape[1] // TILE) * (TILE + 4), dtype=torch.uint8)
+    tiles = F.pad(x.float(), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
+    scales = tiles.abs().amax(-1).clamp_min(1e-12) / LARGEST
+    numbers = (tiles / scales[..., None]).to(torch.float8_e4m3fn).flatten(1)
+    return torch.cat([numbers.view(torch.uint8), scales.view(torch.uint8)], dim=1)
+
+
+def dequantise_plainly(packed: UInt8[Tensor, "T N"], width: int) -> Float[Tensor, "T D"]:
+    """The same by ops of PyTorch, in fp32."""
     tiles = -(-width // TILE)
     numbers = packed[:, : tiles * TILE].contiguous().view(torch.float8_e4m3fn).float()
     scales = packed[:, tiles * TILE :].contiguous().view(torch.float32)
-    return out.copy_((numbers.unflatten(1, (tiles, TILE)) * scales[..., None]).flatten(1)[:, :width])
+    return (numbers.unflatten(1, (tiles, TILE)) * scales[..., None]).flatten(1)[:, :width]
