@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    result: dict = {"provenance": provenance("cuda"), "microseconds": {}}
+    result: dict = {"provenance": provenance(), "microseconds": {}}
     for tokens in (128, 1024, 4096, 16384):
         found = result["microseconds"][tokens] = compare(tokens, 7168, arguments.repeats)
         print(f"{tokens} x 7168:", *(f"{name} {statistics.median(us):.0f}," for name, us in found.items()))
