@@ -66,10 +66,18 @@ class Job:
     tokens: float
     """Of the whole run."""
     precision: str = "bf16"
+    kernels: str = "eager"
+    """What runs between products: `eager`, this system's own ops, or `fused`, other systems'. FP8 is the report's alone
+    and always fused."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision is '{self.precision}'; {nearest(self.precision, PRECISIONS)}")
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether its passes are those of this system's own ops."""
+        return self.kernels == "eager" and self.precision != "fp8"
 
     @property
     def bytes_of(self) -> Precision:

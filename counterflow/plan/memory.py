@@ -14,9 +14,6 @@ from counterflow.plan.cost import Costs, held_parameters, holders
 from counterflow.plan.work import Kept, stage_kept
 from counterflow.schedule.words import Kind, Part, Plan, Schedule, StageId
 
-HEAD_BLOCK = 512 * 2**20
-"""Bytes of fp32 logits made at once on a GPU (`kernels.head`), held about twice with their gradient."""
-
 
 @dataclass(frozen=True)
 class Buffer:
@@ -114,11 +111,7 @@ def _transient(costs: Costs, parts: set[Part]) -> float:
     sizes = load.sizes
     attention = 2 * load.tokens * (2 * sizes.queries + 3 * sizes.values) * hidden
     pairs = load.tokens * sizes.pairs * (2 * model.hidden_size + 3 * model.moe_intermediate_size) * hidden
-    block = (
-        min(HEAD_BLOCK, 4 * load.tokens * model.vocab_size)
-        if costs.hardware.card.multiprocessors
-        else 8 * 2**20
-    )
+    block = min(load.head_block, 4 * load.tokens * model.vocab_size)
     return max(
         attention if Part.ATTN in parts else 0.0,
         pairs if Part.MLP in parts else 0.0,
