@@ -223,7 +223,7 @@ def update(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...]) -> Update:
     ]
     dense, sparse = max(every, key=sum)
     owners, expert_owners = holders(layout, schedule)
-    bandwidth = hardware.card.memory_bytes_per_s * hardware.efficiencies.memory
+    bandwidth = hardware.card.memory_bytes_per_s * hardware.efficiencies.update
     owned = dense / owners + sparse / expert_owners
     adam = (
         owned * (ADAM_PASSES + 4 * bytes_.moment) + (dense + sparse) * 2 * bytes_.gradient

@@ -72,7 +72,9 @@ class Efficiencies:
     attention: float = 0.5787
     """Fitted: the attention core in BF16, causal FLOPs, forward and backward together."""
     memory: float = 0.9
-    """Published: a copy on an H100 reads and writes 3.0 of 3.35 TB/s; all passes over activations and weights."""
+    """Published: a copy on an H100 reads and writes 3.0 of 3.35 TB/s; all passes over activations."""
+    update: float = 0.9
+    """Published: the same copy; passes over gradients, masters and moments, which no cache holds."""
     nvlink: float = 0.8
     """Published: 160 of 200 GB/s on an H800 [§3.2.2; DeepEP README]."""
     network: float = 0.6218
