@@ -19,7 +19,13 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from counterflow.benchmark.rates import RatesSettings, measure_rates, rates_toml
+from counterflow.benchmark.rates import (
+    RatesSettings,
+    free_heap_bytes,
+    measure_rates,
+    rates_toml,
+    resident_bytes,
+)
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.kernels.memory import keep_freed_memory
@@ -39,39 +45,40 @@ WARM_UP = 3
 """Steps that are not counted: products are compiled, memory grows."""
 
 
-def resident(name: str = "VmRSS") -> int:
-    """Bytes that the process holds now, or held at most (VmHWM) since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
 def _rank(rank: int, run: RunConfig, port: int, steps: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     keep_freed_memory()
-    phases, clock, used = {"imports": resident()}, [], []
+    phases, clock, used = {"imports": resident_bytes()}, [], []
     with joined(run) as mesh:
         samples = open_samples(run, mesh)
-        phases["group and text"] = resident()
+        phases["group and text"] = resident_bytes()
         trainer = Trainer(run, samples, mesh)
-        phases["model and optimizer"] = resident()
+        phases["model and optimizer"] = resident_bytes()
         for number in range(WARM_UP + steps):
             if number == 1:
-                phases["first step"] = resident("VmHWM")
+                phases["first step"] = resident_bytes("VmHWM")
             mesh.barrier()
             before = time.perf_counter(), time.process_time()
             trainer.step()
             clock.append(time.perf_counter() - before[0])
             used.append(time.process_time() - before[1])
-        phases["peak"] = resident("VmHWM")
+        phases["peak"] = resident_bytes("VmHWM")
+        phases["free in the heap between steps"] = free_heap_bytes()
         recorder = Recorder(torch.device("cpu"))
         trainer.step(recorder)
         ops = [
             (span.what.kind, span.what.part, span.what.layer, span.end - span.start)
             for span in recorder.spans()
         ]
-    found = {"phases": phases, "clock_s": clock[WARM_UP:], "processor_s": used[WARM_UP:], "ops": ops}
+    found = {
+        "phases": phases,
+        "clock_s": clock[WARM_UP:],
+        "processor_s": used[WARM_UP:],
+        "ops": ops,
+        "heap": heaps,
+    }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -299,15 +299,11 @@ def paired(schedule: Schedule) -> frozenset[Chunk]:
     return frozenset(chunk for row in schedule.rows for cell in row if len(cell) > 1 for chunk in cell)
 
 
-def predict(
-    costs: Costs, microbatches: int | None = None, placement: str = "", send_s: float | None = None
-) -> Step:
-    """The step, simulated op by op.   `microbatches`: its own unless given.   Fails: ConfigError, ScheduleError."""
-    schedule = costs.layout.rule(
-        costs.layout.microbatches(costs.job) if microbatches is None else microbatches
-    )
+def predict(costs: Costs, placement: str = "", schedule: Schedule | None = None) -> Step:
+    """The step, simulated op by op.   `schedule`: the layout's own, or this.   Fails: ConfigError, ScheduleError."""
+    schedule = schedule or costs.layout.rule(costs.layout.microbatches(costs.job))
     plans = stage_plans(costs.job.model, schedule.stages, placement)
-    spans = simulated(costs, schedule, plans, costs.send_s if send_s is None else send_s)
+    spans = simulated(costs, schedule, plans, costs.send_s)
     return Step(costs, schedule, plans, spans, makespan(spans), update(costs, schedule, plans))
 
 

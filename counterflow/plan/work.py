@@ -254,6 +254,19 @@ def stage_kept(load: Workload, plan: Plan) -> Kept:
     return Kept(sum(count * one.whole for count, one in every), sum(count * one.owed for count, one in every))
 
 
+EXPLICIT_LENGTH, QUERY_BLOCK = 1024, 128
+"""On a CPU probabilities are kept up to this length, block of queries by block (`kernels.attention`)."""
+
+
+def _probabilities(load: Workload) -> float:
+    """Bytes of a token beyond fused attention's, which keeps the contents that values came with instead of them."""
+    length, model = load.job.sequence_length, load.job.model
+    if load.on_gpu or length > EXPLICIT_LENGTH:
+        return 0.0
+    seen = (length + min(QUERY_BLOCK, length)) / 2
+    return (model.num_heads * seen - load.sizes.contents) * load.job.bytes_of.hidden
+
+
 def kept(load: Workload, part: Part, moe: bool) -> Kept:
     """What a part keeps for backward; `moe` says whether its layer has experts."""
     sizes, model, bytes_, recompute = load.sizes, load.job.model, load.job.bytes_of, load.layout.recompute
@@ -267,7 +280,7 @@ def kept(load: Workload, part: Part, moe: bool) -> Kept:
         if recompute == "none":
             normalised = width + model.q_lora_rank + model.kv_lora_rank
             made = normalised + sizes.latents + 2 * sizes.queries + sizes.contents + sizes.values
-            whole += made * bytes_.hidden
+            whole += made * bytes_.hidden + _probabilities(load)
         elif recompute == "layer":
             whole = width * bytes_.hidden
         return Kept(load.tokens * whole, load.tokens * (inputs + grads))
