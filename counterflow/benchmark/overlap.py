@@ -13,6 +13,7 @@ from torch import Tensor
 from counterflow.benchmark.equality import Layout, samples_of, settings_of, small_model, with_accumulators
 from counterflow.comm.channels import Links, LocalChannels
 from counterflow.comm.dispatch import Arrived, Dispatcher, Pending, Route, Value
+from counterflow.comm.traffic import Traffic
 from counterflow.model.transformer import Transformer
 from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.stage import Pass, Stage, Sums
@@ -50,6 +51,10 @@ class SlowWire:
     ) -> Pending[tuple[Tensor, Tensor]]:
         """After its time."""
         return self._carry(self._inner.dispatch_backward(drows, dgates, arrived))
+
+    def traffic(self) -> list[Traffic]:
+        """What the dispatcher behind it moved."""
+        return self._inner.traffic()
 
     def _carry(self, call: Pending[Value]) -> Pending[Value]:
         value = call.wait()

@@ -5,11 +5,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from counterflow.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from counterflow.comm.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class HumanEval:
     """fp32 or bf16."""
     averaged: bool = False
     """Use the averaged weights (EMA), if the run kept them."""
+    ranks: int = 0
+    """Processes that share each layer's experts and write the texts in turn; 0: as many as torchrun or Slurm has
+    started, else one."""
     workers: int = 0
     """Programs run at a time; 0: one for each core."""
     time_s: float = 3.0
@@ -51,8 +57,8 @@ class HumanEval:
     .jsonl while it writes."""
 
 
-def humaneval(wish: HumanEval) -> None:
-    """Write, run, report."""
+def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
+    """Write, run, report; all ranks write, and the first does the rest."""
     from counterflow.evaluate import humaneval as bench
     from counterflow.evaluate.complete import BATCH, Sampling
     from counterflow.evaluate.sandbox import Limits, require_confinement
@@ -64,11 +70,14 @@ def humaneval(wish: HumanEval) -> None:
     require_confinement(limits, wish.unconfined)
     settings: dict[str, Any] = {"model": wish.run or wish.completions}
     if wish.run:
-        model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision)
+        model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision, mesh)
         sampling = Sampling(wish.max_tokens, wish.temperature, wish.top_p, wish.seed, bench.STOPS)
         settings |= {"precision": wish.precision, "averaged": wish.averaged, "batch": BATCH}
         settings |= {"prompt": wish.prompt, "sampling": asdict(sampling)}
-        texts = bench.written(model, tokenizer, given, sampling, wish.samples, wish.prompt)
+        texts = bench.written(model, tokenizer, given, sampling, wish.samples, wish.prompt, mesh)
+        if not mesh.first:
+            list(texts)
+            return
         out = Path(wish.json or folder / "humaneval.json")
         texts = bench.kept(texts, out.with_suffix(".jsonl"))
     else:
@@ -101,14 +110,14 @@ def _humaneval_rows(found: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {"confined by": "limits" + "".join(f", {name}" for name in held)}
 
 
-def _model(run: str, averaged: bool, precision: str) -> Any:
-    """(model, tokenizer, folder) of a run or an exported folder."""
+def _model(run: str, averaged: bool, precision: str, mesh: "Mesh | None" = None) -> Any:
+    """(model, tokenizer, folder) of a run or an exported folder; on a mesh, of its experts this rank's."""
     from counterflow.train.restore import folder_of, model_of
 
     if not run:
         raise ConfigError("--run is missing; give a run's folder or name, or an exported folder.")
     folder = folder_of(run)
-    return *model_of(folder, averaged, precision), folder
+    return *model_of(folder, averaged, precision, mesh), folder
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> None:
@@ -138,19 +147,24 @@ class Perplexity:
     """Of each of the texts; documents are read whole."""
     precision: str = "fp32"
     averaged: bool = False
+    ranks: int = 0
+    """Processes that share each layer's experts, for a model that is too large for one; each reads all texts.
+    0: as many as torchrun or Slurm has started, else one."""
     json: str = ""
     """Where the numbers are written too."""
 
 
-def perplexity(wish: Perplexity) -> None:
-    """Measure each of the texts."""
+def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
+    """Measure each of the texts; all ranks alike, so that all run the same passes."""
     from counterflow.config.run import Source
     from counterflow.evaluate.likelihood import perplexity as measure
+    from counterflow.infer.ranks import share_experts
     from counterflow.units import bytes_
 
     if not wish.texts:
         raise ConfigError("no texts are named; give files, folders or globs, or python-stdlib.")
-    model, tokenizer, _ = _model(wish.run, wish.averaged, wish.precision)
+    model, tokenizer, _ = _model(wish.run, wish.averaged, wish.precision, mesh)
+    share_experts(model, mesh, model.config.max_positions)
     rows, found = {}, []
     for path in wish.texts:
         one = measure(model, tokenizer, Source(path, field=wish.field), wish.max_bytes)
@@ -166,6 +180,8 @@ def perplexity(wish: Perplexity) -> None:
                 "nats_per_token": one.nats_per_token,
             }
         )
+    if not mesh.first:
+        return
     _table(f"{wish.run} in {wish.precision}", rows)
     _keep(
         {"model": wish.run, "precision": wish.precision, "texts": found},
@@ -303,7 +319,7 @@ def tasks(wish: Tasks) -> None:
     _keep({"model": wish.run, "precision": wish.precision} | kept, Path(wish.json) if wish.json else None)
 
 
-EVALUATIONS: Mapping[str, tuple[Any, Callable[[Any], None], str]] = {
+EVALUATIONS: Mapping[str, tuple[Any, Callable[..., None], str]] = {
     "humaneval": (HumanEval, humaneval, "pass@k on HumanEval's 164 problems, run in a sandbox"),
     "perplexity": (Perplexity, perplexity, "bits per byte of any text"),
     "expert-load": (ExpertLoad, expert_load, "relative load of experts by kind of text, drawn"),
@@ -324,5 +340,10 @@ def run(arguments: Sequence[str]) -> int:
     if what not in EVALUATIONS:
         raise ConfigError(f"'{what}' is no evaluation; {nearest(what, EVALUATIONS)}")
     wish, act, _ = EVALUATIONS[what]
-    act(tyro.cli(wish, prog=f"counterflow evaluate {what}", args=rest, use_underscores=True))
-    return 0
+    asked = tyro.cli(wish, prog=f"counterflow evaluate {what}", args=rest, use_underscores=True)
+    if not isinstance(asked, HumanEval | Perplexity):
+        act(asked)
+        return 0
+    from counterflow.train.launch import on_ranks
+
+    return on_ranks(asked.ranks, "cpu", ["evaluate", *arguments], lambda mesh: act(asked, mesh))

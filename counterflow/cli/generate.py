@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
+    from counterflow.comm.mesh import Mesh
     from counterflow.infer.engine import Engine
 
 SAMPLE_PROMPT = "def "
@@ -45,49 +46,65 @@ class Generate:
     """auto (cuda if there is one), cpu or cuda."""
     precision: str = "fp32"
     """fp32 or bf16."""
+    ranks: int = 0
+    """Processes that share each layer's experts between them, for a model that is too large for one; 0: as many as
+    torchrun or Slurm has started, else one."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print the prompt and what follows it."""
     shown = Annotated[Generate, tyro.conf.FlagCreatePairsOff]
-    generate(tyro.cli(shown, prog="counterflow generate", args=arguments, use_underscores=True))
-    return 0
+    wish = tyro.cli(shown, prog="counterflow generate", args=arguments, use_underscores=True)
+    from counterflow.train.launch import on_ranks
+
+    return on_ranks(wish.ranks, wish.device, ["generate", *arguments], lambda mesh: generate(wish, mesh))
 
 
-def generate(wish: Generate) -> str:
-    """Print prompt and text as they come, and the numbers on stderr if asked for; the text."""
+def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
+    """Print prompt and text as they come, and the numbers on stderr if asked for; the text.
+
+    The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts.
+    """
+    from counterflow.comm.mesh import Mesh
     from counterflow.infer.engine import Engine, EngineSettings
     from counterflow.infer.place import placed
+    from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import described
     from counterflow.train.restore import folder_of, model_of
 
-    settings = EngineSettings(max_sequences=1, drafts=wish.drafts)
-    model, tokenizer = model_of(folder_of(wish.run), wish.averaged)
-    sampling = Sampling(
-        wish.max_tokens,
-        wish.temperature,
-        wish.top_p,
-        wish.top_k,
-        wish.seed,
-        wish.stop,
-        stop_tokens=frozenset([tokenizer.eos]),
-    )
-    engine = Engine(placed(model, wish.device, wish.precision, settings), settings, tokenizer.decode)
-    engine.add([tokenizer.bos, *tokenizer.encode(wish.prompt)], sampling)
-    text = _printed(engine, wish.prompt)
-    if wish.stats:
+    mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
+    model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
+    device = wish.device if mesh.size == 1 else mesh.device.type
+    model = placed(model, device, wish.precision, settings)
+    engine = Engine(model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows))
+
+    def ask() -> None:
+        sampling = Sampling(
+            wish.max_tokens,
+            wish.temperature,
+            wish.top_p,
+            wish.top_k,
+            wish.seed,
+            wish.stop,
+            stop_tokens=frozenset([tokenizer.eos]),
+        )
+        engine.add([tokenizer.bos, *tokenizer.encode(wish.prompt)], sampling)
+
+    mesh.first_does(ask)
+    text = _printed(engine, wish.prompt if mesh.first else "")
+    if wish.stats and mesh.first:
         print(f"\n{described(engine.statistics, engine.depth)}", file=sys.stderr)
     return text
 
 
 def _printed(engine: "Engine", shown: str) -> str:
+    """A rank without a prompt is given nothing to print."""
     print(shown, end="", flush=True)
-    while not engine.idle:
+    while not engine.finished():
         for delta in engine.step():
             shown += delta.text
-            print(delta.text, end="", flush=True)
-    print()
+            print(delta.text, end="\n" if delta.finish else "", flush=True)
     return shown
 
 

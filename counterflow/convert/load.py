@@ -14,26 +14,32 @@ from counterflow.convert.export import CONFIG, TOKENIZER
 from counterflow.convert.shards import Shards
 from counterflow.data.tokenizer import Tokenizer, fitting
 from counterflow.data.tokenizer import load as load_tokenizer
-from counterflow.model.transformer import Transformer
+from counterflow.model.transformer import Transformer, keep_experts
 from counterflow.model.weights import load_released
 
 
-def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
+def load_folder(
+    folder: Path, dtype: torch.dtype = torch.float32, part: tuple[int, int] = (0, 1)
+) -> tuple[Transformer, Tokenizer]:
     """Model on the CPU, routers' biases in fp32 whatever `dtype`, and its tokenizer.
+
+    `part` (index, parts) of the experts are held, and only these are read.
 
     Fails: CheckpointError with the tensor's name, ConfigError, DataError.   Cost: the model, and one tensor.
     """
     config = read_released(folder / CONFIG)
     with Shards(folder) as shards:
         tokenizer = fitting(load_tokenizer(folder / TOKENIZER), config.vocab_size, str(folder / TOKENIZER))
-        model = empty_model(config, dtype)
+        model = empty_model(config, dtype, part)
         load_released(model, shards.shapes, shards.read)
     return model, tokenizer
 
 
-def empty_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A model with memory for its weights that nothing has touched yet."""
+def empty_model(config: ModelConfig, dtype: torch.dtype, part: tuple[int, int] = (0, 1)) -> Transformer:
+    """A model, with a part of the experts, with memory for its weights that nothing has touched yet."""
     model = Transformer(config)
+    if part[1] > 1:
+        keep_experts(model, *part)
     for parameter in model.parameters():
         parameter.data = torch.empty_like(parameter, dtype=dtype)
     return model

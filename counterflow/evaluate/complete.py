@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from counterflow.comm.mesh import Mesh
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError
 from counterflow.infer import request
 from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.ranks import share_experts
 from counterflow.model.transformer import Transformer
 
 BATCH = EngineSettings().max_sequences
@@ -32,17 +34,24 @@ class Sampling:
 
 
 def complete(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    mesh: Mesh | None = None,
 ) -> Iterator[str]:
     """What follows each prompt, in their order, written side by side; the prompt begins a document.
 
-    A prompt longer than the model's positions keeps its latest part, and a text ends where they end.
+    A prompt longer than the model's positions keeps its latest part, and a text ends where they end. Ranks that share
+    the experts write the prompts in turn and each is given all texts, at the end.
     """
-    engine = Engine(model, EngineSettings(), tokenizer.decode)
+    mesh, settings = mesh or Mesh(), EngineSettings()
+    ranks = share_experts(model, mesh, settings.max_rows)
+    engine = Engine(model, settings, tokenizer.decode, ranks)
     end, positions = frozenset([tokenizer.eos]), model.config.max_positions
-    texts: dict[int, str] = {}
-    for number, prompt in enumerate(prompts):
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)][-positions:]
+    own = range(mesh.rank, len(prompts), mesh.size)
+    for number in own:
+        ids = [tokenizer.bos, *tokenizer.encode(prompts[number])][-positions:]
         wish = request.Sampling(
             sampling.max_tokens,
             sampling.temperature,
@@ -52,12 +61,25 @@ def complete(
             stop_tokens=end,
         )
         engine.add(ids, wish)
-    done: set[int] = set()
-    for number in range(len(prompts)):
-        while number not in done:
-            for delta in engine.step():
-                place = delta.sequence.number
-                texts[place] = texts.get(place, "") + delta.text
-                if delta.finish:
-                    done.add(place)
-        yield texts.pop(number, "")
+    if mesh.size == 1:
+        yield from _texts(engine, len(own))
+        return
+    written = {
+        n: text
+        for each in mesh.everyone(dict(zip(own, _texts(engine, len(own)))))
+        for n, text in each.items()
+    }
+    yield from (written[number] for number in range(len(prompts)))
+
+
+def _texts(engine: Engine, count: int) -> Iterator[str]:
+    """The texts of all requests, in their order, each once it and those before it have ended."""
+    texts, done, given = [""] * count, set(), 0
+    while not engine.finished():
+        for delta in engine.step():
+            texts[delta.sequence.number] += delta.text
+            if delta.finish:
+                done.add(delta.sequence.number)
+        while given in done:
+            yield texts[given]
+            given += 1

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from counterflow.comm.mesh import Mesh
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError, DataError, nearest
 from counterflow.evaluate.complete import Sampling, complete
@@ -92,8 +93,9 @@ def written(
     sampling: Sampling,
     samples: int,
     rule: str,
+    mesh: Mesh | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """(task, completion), `samples` of each problem, written by a model."""
+    """(task, completion), `samples` of each problem, written by a model, or by all ranks of `mesh` with its parts."""
     if rule not in PROMPTS:
         raise ConfigError(f"prompt is '{rule}'; {nearest(rule, PROMPTS)}")
     if samples > 1 and sampling.temperature == 0:
@@ -103,7 +105,7 @@ def written(
         )
     tasks = [task for task in given for _ in range(samples)]
     prompts = [PROMPTS[rule](given[task]["prompt"]) for task in tasks]
-    texts = watched(complete(model, tokenizer, prompts, sampling), "writing", len(tasks))
+    texts = watched(complete(model, tokenizer, prompts, sampling, mesh), "writing", len(tasks))
     for task, text in zip(tasks, texts):
         # What stripping took from the prompt is the model's to write again.
         missing = given[task]["prompt"][len(PROMPTS[rule](given[task]["prompt"])) :]

@@ -18,6 +18,8 @@ from counterflow.model.transformer import Transformer
 
 SHORT = 16
 """Rows of a sequence up to which sequences are put side by side in one padded product; longer ones stand alone."""
+LEAST_BLOCKS = 8
+"""Blocks of a bucket at least."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,15 @@ class Group:
     rows: slice
     """Which rows of the pass."""
     places: Int[Tensor, "T"]
-    """Where each of them stands in the padded (B, S)."""
+    """Where each of them stands in the padded (B, S), unless that is full."""
     positions: Int[Tensor, "B S"]
     """Of the padded queries; 0 where there is none."""
     blocks: Int[Tensor, "B _"]
     """Blocks of each sequence up to the longest, the short ones' filled up with any."""
     keys: int
     """Positions of the longest sequence."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether no query is padded, so that rows lie as they are."""
-        return len(self.places) == self.positions.numel()
+    is_full: bool
+    """Whether no query is padded, so that rows lie as they are."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,45 @@ class Rows:
         return len(self.slots)
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """The sizes of an even pass: every sequence has as many rows, and as many blocks to read, as the largest."""
+
+    sequences: int
+    queries: int
+    """Rows of each."""
+    blocks: int
+    """Of each."""
+
+
+def bucket_of(extents: Items[Extent], size: int, longest: int) -> Bucket | None:
+    """The bucket of a decoding pass: sequences and blocks filled up to powers of two, so that few buckets are met.
+
+    None where some sequence has more than the `longest` rows of decoding, or there are no sequences.
+    """
+    queries = max((extent.end - extent.start for extent in extents), default=0)
+    if not 0 < queries <= min(longest, SHORT):
+        return None
+    blocks = max(-(-extent.end // size) for extent in extents)
+    return Bucket(power_of_two(len(extents)), queries, power_of_two(max(blocks, LEAST_BLOCKS)))
+
+
+def power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << (count - 1).bit_length()
+
+
 class Cache:
-    """Entries of every layer and module: `num_blocks` blocks of `size` positions."""
+    """Entries of every layer and module: `num_blocks` blocks of `size` positions, and one more that nobody reads,
+    for the rows that fill up an even pass."""
 
     def __init__(self, model: Transformer, num_blocks: int, size: int, modules: int) -> None:
         config = model.config
         self.size = size
         self.rope = model.rope
         self.width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.entries = model.head.new_zeros(config.num_layers + modules, num_blocks * size, self.width)
+        self.spare = num_blocks
+        self.entries = model.head.new_zeros(config.num_layers + modules, (num_blocks + 1) * size, self.width)
 
     def rows(self, extents: Items[Extent]) -> Rows:
         """The rows of these extents: short ones first and in one group, the others each in its own."""
@@ -95,8 +124,40 @@ class Cache:
         if together:
             groups.insert(0, self._group(together, 0))
         device = self.entries.device
-        at = torch.tensor(positions, device=device)
-        return Rows(order, starts, self.rope[at], torch.tensor(slots, device=device), groups)
+        at, to = (torch.tensor(each, dtype=torch.long, device=device) for each in (positions, slots))
+        return Rows(order, starts, self.rope[at], to, groups)
+
+    def packed(self, extents: Items[Extent], tokens: Items[list[int]], bucket: Bucket) -> list[int]:
+        """All that an even pass is told, as one row of numbers: tokens, positions, slots of its rows, then blocks.
+
+        A row that only fills up writes into the spare block and stands at position 0.
+        """
+        rows = bucket.sequences * bucket.queries
+        numbers = [0] * (2 * rows) + [self.spare * self.size] * rows
+        blocks = [self.spare] * (bucket.sequences * bucket.blocks)
+        for index, (extent, own) in enumerate(zip(extents, tokens, strict=True)):
+            first, span = index * bucket.queries, range(extent.start, extent.end)
+            slots = [extent.blocks[p // self.size] * self.size + p % self.size for p in span]
+            for start, values in ((0, own), (rows, span), (2 * rows, slots)):
+                numbers[start + first : start + first + len(span)] = values
+            held = extent.blocks[: bucket.blocks]
+            blocks[index * bucket.blocks : index * bucket.blocks + len(held)] = held
+        return numbers + blocks
+
+    def even_rows(self, numbers: Int[Tensor, "_"], bucket: Bucket) -> tuple[Int[Tensor, "T"], Rows]:
+        """The tokens and the rows that `packed` describes; nothing is read on the host."""
+        rows = bucket.sequences * bucket.queries
+        tokens, positions, slots, blocks = numbers.split([rows] * 3 + [bucket.sequences * bucket.blocks])
+        group = Group(
+            slice(0, rows),
+            torch.empty(0, dtype=torch.long, device=numbers.device),
+            positions.view(bucket.sequences, bucket.queries),
+            blocks.view(bucket.sequences, bucket.blocks),
+            bucket.blocks * self.size,
+            is_full=True,
+        )
+        starts = list(range(0, rows, bucket.queries))
+        return tokens, Rows(list(range(bucket.sequences)), starts, self.rope[positions], slots, [group])
 
     def _group(self, extents: list[Extent], first: int) -> Group:
         lengths = [extent.end - extent.start for extent in extents]
@@ -112,6 +173,7 @@ class Cache:
             torch.tensor(positions, device=device),
             torch.tensor(blocks, device=device),
             keys,
+            len(places) == len(extents) * longest,
         )
 
     def seen(self, layer: int, group: Group) -> Float[Tensor, "B S C"]:

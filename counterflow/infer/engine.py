@@ -14,6 +14,7 @@ from counterflow.infer.batch import Batch, Work
 from counterflow.infer.blocks import Blocks
 from counterflow.infer.cache import Cache
 from counterflow.infer.depth import Depth
+from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Delta, Sampling, Sequence, TokenLogprob
 from counterflow.infer.run import Made, Outcome, Runner
 from counterflow.infer.statistics import Statistics
@@ -42,6 +43,8 @@ class EngineSettings:
     """How many of the model's modules draft; −1: all, as far as `drafts` goes."""
     adapt: bool = True
     """Fewer or no drafts where measured times and acceptance say that they cost more than they bring."""
+    graphs: bool = True
+    """Replay decoding's passes as CUDA graphs where the model and its device allow it."""
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_rows", "block_size"):
@@ -55,23 +58,29 @@ class EngineSettings:
 
 
 class Engine:
-    """Runs requests together on one model; `decode` gives tokens' text, for stop strings and `Delta.text`."""
+    """Runs requests together on one model; `decode` gives tokens' text, for stop strings and `Delta.text`.
+
+    Where `ranks` share the model's experts, every rank has an engine of the same settings, and all step together.
+    """
 
     def __init__(
         self,
         model: Transformer,
         settings: EngineSettings | None = None,
         decode: Callable[[Items[int]], str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        self.model, self.decode = model, decode
+        self.model, self.decode, self.ranks = model, decode, ranks or Ranks()
         drafts, self.modules = chain_of(len(model.mtp), settings)
         num_blocks = _num_blocks(model, settings, drafts, self.modules)
         self.blocks = Blocks(num_blocks, settings.block_size, lookahead=self.modules)
         self.depth = Depth(drafts, settings.adapt)
         rows = max(settings.max_rows, settings.max_sequences * (1 + drafts))
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
-        self.runner = Runner(model, Cache(model, num_blocks, settings.block_size, self.modules), self.modules)
+        cache = Cache(model, num_blocks, settings.block_size, self.modules)
+        replayed = 1 + drafts + self.modules if settings.graphs else 0
+        self.runner = Runner(model, cache, self.modules, self.ranks, replayed)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
         self._prompts: dict[int, list[TokenLogprob | None]] = {}
@@ -80,8 +89,12 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits or runs."""
+        """Whether nothing waits or runs here."""
         return not self.batch.running and not self.batch.waiting
+
+    def finished(self) -> bool:
+        """Whether nothing waits or runs on any rank; all ask it between the same steps."""
+        return not self.ranks.most(not self.idle)
 
     def add(self, prompt: Items[int], sampling: Sampling, samples: int = 1) -> list[Sequence]:
         """Queue a request; its sequences, by which deltas name their text.   Fails: RequestError."""
@@ -122,13 +135,14 @@ class Engine:
             self._end(sequence, "abort")
 
     def step(self) -> list[Delta]:
-        """One step; what it gave to whom."""
+        """One step, which all ranks take together; what it gave to whom here."""
         works = self.schedule()
-        return self.take_back(works, self.run(works)) if works else []
+        return self.take_back(works, self.run(works)) if works or self.ranks.several else []
 
     def schedule(self) -> list[Work]:
         """Who runs over what."""
-        depth = self.depth.choose(sum(sequence.decoding for sequence in self.batch.running))
+        writing = sum(sequence.decoding for sequence in self.batch.running)
+        depth = self.ranks.most(self.depth.choose(writing) if writing else 0)
         return self.batch.plan(lambda s: self.depth.deepest if s.sampling.fixed_depth else depth)
 
     def run(self, works: list[Work]) -> Outcome:
@@ -145,11 +159,11 @@ class Engine:
         if sequence.made == 0 and sequence.sampling.prompt_logprobs:
             begun = self._prompts.setdefault(sequence.number, [])
             begun[sequence.cached - work.rows :] = made.prompt_logprobs
-        stream, text, count = self._texts[sequence.number], "", 0
+        stream, text, count, ended = self._texts[sequence.number], "", 0, 0
         finish = None if sequence.sampling.max_tokens or sequence.cached < len(sequence.tokens) else "length"
         for token in made.tokens:
             if token in sequence.sampling.stop_tokens:
-                finish = "stop"
+                finish, ended = "stop", 1
                 break
             sequence.tokens.append(token)
             count += 1
@@ -157,7 +171,7 @@ class Engine:
             finish = self._finish(sequence, stream)
             if finish:
                 break
-        delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[:count]))
+        delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[: count + ended]))
         self.statistics.tokens += count
         self.blocks.publish(sequence.tokens, sequence.blocks, sequence.published, sequence.final)
         if made.tokens or finish:

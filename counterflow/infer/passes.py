@@ -1,14 +1,100 @@
-"""Passes of the model over rows of a cache: the trunk's, and one MTP module's. The layers are the model's own."""
+"""Passes of the model over rows of a cache: the trunk's, and one MTP module's. The layers are the model's own.
+
+Rows of several sequences are laid end to end, as they are. Where passes are recorded as graphs (`graphs.py`), those of
+decoding are laid evenly instead: as many rows for each sequence, filled up to a bucket, so that few shapes are met.
+"""
+
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer.attend import attend
-from counterflow.infer.cache import Cache, Rows
+from counterflow.infer.cache import Bucket, Cache, Extent, Rows, bucket_of
+from counterflow.infer.graphs import Graphs, hindrance
 from counterflow.model.layer import Context, Layer
 from counterflow.model.mtp import MtpModule
 from counterflow.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+
+class Passes:
+    """A model's passes over one cache. Those in which no sequence has more than `longest` rows, as many as drafts make,
+    are replayed from `graphs`, if given."""
+
+    def __init__(self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int) -> None:
+        self.model, self.cache, self.graphs, self.longest = model, cache, graphs, longest
+
+    def trunk(
+        self, extents: Items[Extent], tokens: Items[list[int]]
+    ) -> tuple[Float[Tensor, "T D"], list[int]]:
+        """Hidden states after the final norm, and where each extent's begin."""
+
+        def act(flat: Tensor, rows: Rows) -> Tensor:
+            return run_trunk(self.model, flat, rows, self.cache)
+
+        return self._run(0, act, extents, tokens, None)
+
+    def module(
+        self, depth: int, extents: Items[Extent], tokens: Items[list[int]], hidden: Items[Tensor]
+    ) -> tuple[Float[Tensor, "T D"], list[int]]:
+        """As `trunk`, of MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent."""
+
+        def act(flat: Tensor, rows: Rows, states: Tensor) -> Tensor:
+            return run_module(self.model, depth, states, flat, rows, self.cache)
+
+        return self._run(1 + depth, act, extents, tokens, hidden)
+
+    def _run(
+        self,
+        name: int,
+        act: Callable[..., Tensor],
+        extents: Items[Extent],
+        tokens: Items[list[int]],
+        hidden: Items[Tensor] | None,
+    ) -> tuple[Float[Tensor, "T D"], list[int]]:
+        device = self.cache.entries.device
+        bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest)
+        if not self.graphs or not bucket:
+            rows = self.cache.rows(extents)
+            given = [token for i in rows.order for token in tokens[i]]
+            flat = torch.tensor(given, dtype=torch.long, device=device)
+            states = [] if hidden is None else [self._joined([hidden[i] for i in rows.order])]
+            return act(flat, rows, *states), rows.starts
+        numbers = torch.tensor(self.cache.packed(extents, tokens, bucket), device=device)
+        states = [] if hidden is None else [even(hidden, bucket)]
+        found = self.graphs.run((name, bucket), partial(self._even, act, bucket), numbers, *states)
+        return found, [index * bucket.queries for index in range(len(extents))]
+
+    def _joined(self, hidden: Items[Tensor]) -> Float[Tensor, "T D"]:
+        none = self.model.head.new_empty(0, self.model.config.hidden_size)
+        return torch.cat([none, *hidden])
+
+    def _even(
+        self, act: Callable[..., Tensor], bucket: Bucket, numbers: Int[Tensor, "_"], *states: Tensor
+    ) -> Float[Tensor, "T D"]:
+        return act(*self.cache.even_rows(numbers, bucket), *states)
+
+
+def even(hidden: Items[Float[Tensor, "_ D"]], bucket: Bucket) -> Float[Tensor, "T D"]:
+    """Each sequence's rows at its place of the bucket, zeros beside them."""
+    places = [index * bucket.queries + row for index, each in enumerate(hidden) for row in range(len(each))]
+    out = hidden[0].new_zeros(bucket.sequences * bucket.queries, hidden[0].shape[1])
+    out[torch.tensor(places, device=out.device)] = torch.cat(list(hidden))
+    return out
+
+
+def graphs_for(model: Transformer, wanted: bool) -> Graphs | None:
+    """Room for graphs, or None where they are not wanted or, which is logged, not possible."""
+    why = hindrance(model)
+    if wanted and why:
+        log.info("decoding runs without CUDA graphs: %s.", why)
+    return Graphs() if wanted and not why else None
 
 
 def run_trunk(model: Transformer, tokens: Int[Tensor, "T"], rows: Rows, cache: Cache) -> Float[Tensor, "T D"]:
@@ -48,5 +134,6 @@ def _run_layer(
 ) -> Float[Tensor, "T D"]:
     assert isinstance(layer, Layer), "the trunk is made of layers"
     context = Context(1, rows.rope, model.dispatcher, sequence_scale=0.0)
-    h = h + attend(layer.attention, layer.attn_norm(h), rows, cache, index)
+    if len(h):  # a rank without rows has no attention, but experts for the others' tokens
+        h = h + attend(layer.attention, layer.attn_norm(h), rows, cache, index)
     return layer.combine(layer.mlp(layer.dispatch(layer.feed(h, context)))).h

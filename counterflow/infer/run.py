@@ -16,6 +16,7 @@ from counterflow.infer import passes
 from counterflow.infer.batch import Work
 from counterflow.infer.cache import Cache, Extent
 from counterflow.infer.distribution import distribution
+from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
 from counterflow.infer.speculate import Drafter, verdict
 from counterflow.model.transformer import Transformer
@@ -42,11 +43,12 @@ class Outcome:
 
 
 class Runner:
-    """Runs a schedule's works on a model and its cache."""
+    """Runs a schedule's works on a model and its cache; passes of up to `replayed` rows a sequence as CUDA graphs."""
 
-    def __init__(self, model: Transformer, cache: Cache, modules: int) -> None:
+    def __init__(self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, replayed: int) -> None:
         self.model, self.cache = model, cache
-        self.drafter = Drafter(model, cache, modules) if modules else None
+        self.passes = passes.Passes(model, cache, passes.graphs_for(model, replayed > 0), replayed)
+        self.drafter = Drafter(self.passes, modules, ranks) if modules else None
 
     @torch.no_grad()
     def run(self, works: list[Work]) -> Outcome:
@@ -79,9 +81,7 @@ class Runner:
             sequence, start = work.sequence, work.sequence.cached
             extents.append(Extent(start, start + work.rows + work.drafts, sequence.blocks))
             tokens.append(sequence.tokens[start : start + work.rows] + drafted)
-        rows = self.cache.rows(extents)
-        flat = torch.tensor([token for i in rows.order for token in tokens[i]], device=self.model.head.device)
-        return passes.run_trunk(self.model, flat, rows, self.cache), rows.starts
+        return self.passes.trunk(extents, tokens)
 
     def _sample(
         self,

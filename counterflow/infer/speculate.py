@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer import passes
-from counterflow.infer.cache import Cache, Extent
+from counterflow.infer.cache import Extent
 from counterflow.infer.distribution import distribution, draw
+from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence
-from counterflow.model.transformer import Transformer
 
 
 @dataclass
@@ -51,24 +51,28 @@ class Chain:
 class Drafter:
     """Fills the modules' caches and drafts with them. [§5.4.3]"""
 
-    def __init__(self, model: Transformer, cache: Cache, modules: int) -> None:
-        self.model, self.cache, self.modules = model, cache, modules
+    def __init__(self, run: passes.Passes, modules: int, ranks: Ranks) -> None:
+        self.passes, self.modules, self.ranks = run, modules, ranks
+        self.model, self.cache = run.model, run.cache
 
     def draft(self, sequences: Items[Sequence], wanted: list[int], uniforms: list[list[float]]) -> Chain:
-        """`wanted` drafts for each sequence, none where it is 0, and every module's cache as far as it waits."""
+        """`wanted` drafts for each sequence, none where it is 0, and every module's cache as far as it waits.
+
+        All ranks run a module where one of them has rows for it.
+        """
         shape = (len(sequences), max(wanted, default=0), self.model.config.vocab_size)
         q = torch.zeros(shape, device=self.cache.entries.device)
         chain = Chain(sequences, wanted, uniforms, [[] for _ in sequences], q)
         for depth in range(self.modules):
             self._run(chain, depth)
-        for depth in range(self.modules, shape[1]):
+        for depth in range(self.modules, self.ranks.most(shape[1])):
             self._run_again(chain, depth)
         return chain
 
     def _run(self, chain: Chain, depth: int) -> None:
         """One module over all that waits for it, and over what rests on drafts."""
         spans = self._spans(chain, depth)
-        if not spans:
+        if not self.ranks.most(len(spans)):
             return
         extents, inputs, tokens = [], [], []
         for index, (end, _) in spans.items():
@@ -127,17 +131,8 @@ class Drafter:
         self, depth: int, extents: list[Extent], inputs: list[Tensor], tokens: list[list[int]]
     ) -> list[Tensor]:
         """A module's hidden states over these extents, in their order."""
-        rows = self.cache.rows(extents)
-        flat = [token for index in rows.order for token in tokens[index]]
-        out = passes.run_module(
-            self.model,
-            depth,
-            torch.cat([inputs[index] for index in rows.order]),
-            torch.tensor(flat, device=self.cache.entries.device),
-            rows,
-            self.cache,
-        )
-        return [out[start : start + len(given)] for start, given in zip(rows.starts, inputs, strict=True)]
+        out, starts = self.passes.module(depth, extents, tokens, inputs)
+        return [out[start : start + len(given)] for start, given in zip(starts, inputs, strict=True)]
 
     def _choose(self, chain: Chain, depth: int, hidden: dict[int, Tensor]) -> None:
         """Draw the sequences' next draft from this depth's hidden states, where one is wanted."""

@@ -36,7 +36,7 @@ def decode(
         query, entries, blocks, positions, part, lse,
         rows, heads, queries, blocks.stride(0), scale * math.log2(math.e),
         size=size, latent=latent, rotary=width - latent,
-        pad=triton.next_power_of_2(width - latent), tile=tile, keys=keys, splits=splits,
+        pad=max(16, triton.next_power_of_2(width - latent)), tile=tile, keys=keys, splits=splits,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     many = triton.next_power_of_2(splits)

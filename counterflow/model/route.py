@@ -41,5 +41,9 @@ def gates(scores: Float[Tensor, "T E"], ids: Int[Tensor, "T K"], scale: float) -
 
 
 def loads(ids: Int[Tensor, "T K"], num_experts: int) -> Int[Tensor, "E"]:
-    """How many tokens each expert was given, int64: counts are summed over the batch and must stay exact."""
-    return torch.bincount(ids.flatten(), minlength=num_experts)
+    """How many tokens each expert was given, int64: counts are summed over the batch and must stay exact.
+
+    Not `bincount`, for which a GPU asks the host how large the largest id is.
+    """
+    flat = ids.flatten()
+    return flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))

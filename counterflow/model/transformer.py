@@ -234,7 +234,15 @@ class _Embed(torch.autograd.Function):
 
 
 def keep_experts(model: Transformer, index: int, parts: int) -> None:
-    """Hold only one of equal parts of every layer's experts; the dispatcher must know who holds the others."""
+    """Hold only one of equal parts of every layer's experts; the dispatcher must know who holds the others.
+
+    Fails: ConfigError where they cannot be parted so.
+    """
+    if model.config.num_routed_experts % parts:
+        raise ConfigError(
+            f"a layer has {model.config.num_routed_experts} experts and {parts} ranks share them; each must hold as "
+            "many: take a divisor."
+        )
     for module in model.modules():
         if isinstance(module, Experts):
             module.keep(index, parts)

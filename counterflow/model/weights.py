@@ -15,7 +15,7 @@ from torch import Tensor
 
 from counterflow.config.model import ModelConfig
 from counterflow.errors import CheckpointError
-from counterflow.model.transformer import Transformer
+from counterflow.model.transformer import Transformer, expert_shards
 from counterflow.progress import watched
 
 EXPERT_PARTS = (("gate_proj", "up_proj"), ("down_proj",))
@@ -87,14 +87,25 @@ def _gated(ours: str, prefixes: list[str], stacked: bool = False) -> Iterator[En
 
 
 def to_released(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model under its released name; views of the model's own."""
-    mine = dict(model.state_dict())
+    """Every tensor of the model under its released name, of a part of the experts only theirs; views of the model's."""
+    mine, shards = dict(model.state_dict()), expert_shards(model)
     for entry in entries(model.config):
         blocks = mine[entry.name] if entry.stacked else mine[entry.name][None]
-        for block, names in zip(blocks, entry.released):
+        first = shards[entry.name].offset // blocks[0].numel() if entry.name in shards else 0
+        for block, names in zip(blocks, entry.released[first:]):
             yield from zip(names, block.chunk(len(names)))
     for name, copy in shared_copies(model.config):
         yield copy, mine[name]
+
+
+def released_shapes(model: Transformer) -> dict[str, Sequence[int]]:
+    """Shapes of all that `to_released` gives of a model with all experts, but the copies, whatever part is held."""
+    mine, shapes = model.state_dict(), {}
+    for entry in entries(model.config):
+        block = mine[entry.name][0] if entry.stacked else mine[entry.name]
+        for names in entry.released:
+            shapes |= {name: half.shape for name, half in zip(names, block.chunk(len(names)))}
+    return shapes
 
 
 @torch.no_grad()
@@ -104,15 +115,15 @@ def load_released(
     """Fill the model from released tensors, read one by one in the order of `shapes`.
 
     Fails (CheckpointError) before anything is read, with the tensor's name, where one is missing, of another shape or
-    left over. MTP copies of embedding and head may be missing, but may not differ.   Cost: one tensor at a time
-    beside the model.
+    left over. MTP copies of embedding and head may be missing, but may not differ. Experts that the model does not hold
+    are not read.   Cost: one tensor at a time beside the model.
     """
     copies = {copy: name for name, copy in shared_copies(model.config)}
     places = {name: place for name, place in to_released(model) if name not in copies}
     mine = model.state_dict()
-    _require_fit(model.config, {name: place.shape for name, place in places.items()}, shapes)
+    _require_fit(model.config, released_shapes(model), shapes)
     for name in watched(shapes, "reading weights", len(shapes)):
-        if name not in copies:
+        if name in places:
             places[name].copy_(read(name))
     for copy, name in copies.items():
         if copy in shapes and not torch.equal(read(copy).to(mine[name]), mine[name]):

@@ -1,4 +1,4 @@
-"""One command, as many processes as the run asks for.
+"""One command, as many processes as it asks for: a run's ranks, or those that share a model's experts in writing.
 
 Without torchrun's or Slurm's environment the command starts its own ranks through torch's elastic agent, which watches
 them, ends all when one dies, and starts them again from the last checkpoint where `parallel.restarts` allows it. Under
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -21,33 +21,64 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from counterflow.comm.mesh import Mesh
-from counterflow.config.run import RunConfig
+from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, RankError
 from counterflow.plan.layout import require_layout
-from counterflow.train.loop import resolve, train
+from counterflow.train.loop import device_for, resolve, train
 
 PEER_LOST = 5
 """Exit code of a rank whose neighbour went away: not the one to blame."""
 TIMEOUT = timedelta(minutes=30)
+SAVED = (
+    "lower train.micro_batch_size. What was saved is untouched: the same command goes on from the last checkpoint, and "
+    "parallel.restarts=N goes on by itself"
+)
+"""Said where one rank of a training was killed."""
 
 
 def start(run: RunConfig, words: Sequence[str]) -> int:
     """Train a run in this process or in its own ranks, started as `counterflow train WORDS`; the exit code."""
     require_layout(run)
-    if "RANK" in os.environ or (
-        "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    ):
-        return _join(run)
+    if started() is not None:
+        code = _join(run.parallel, resolve(run).train.device, lambda mesh: train(run, mesh))
+        # A run that was stopped has saved: no failure, and nothing for the agent to start again.
+        return 0 if code >= 128 and "TORCHELASTIC_RUN_ID" in os.environ else code
     if run.parallel.processes == 1:
         return train(run)
-    return _launch(run, words)
+    return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)
 
 
-def _join(run: RunConfig) -> int:
+def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh], object]) -> int:
+    """`act` on `ranks` ranks that share the experts, each a process started as `counterflow WORDS`; the exit code.
+
+    0: as many as torchrun or Slurm has started, else one.   Fails: ConfigError where these are not as many.
+    """
+    ranks = ranks or started() or 1
+    if started() is None and ranks > 1:
+        return _launch(Parallel(data=ranks, expert=ranks), 0, words, "start fewer ranks, or give each more")
+
+    def acted(mesh: Mesh) -> int:
+        act(mesh)
+        return 0
+
+    if started() is None:
+        return acted(Mesh())
+    return _join(Parallel(data=ranks, expert=ranks), device_for(device, ranks), acted)
+
+
+def started() -> int | None:
+    """How many processes torchrun or Slurm has started, this one among them; None where neither has."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    several = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return int(os.environ["SLURM_NTASKS"]) if several else None
+
+
+def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     """This process as one of many."""
-    with joined(run) as mesh:
+    with joined(parallel, device) as mesh:
         try:
-            code = train(run, mesh)
+            return act(mesh)
         except CounterflowError as error:
             if error.shared and not mesh.first:
                 raise SystemExit(error.exit_code) from None  # the first rank says it
@@ -58,7 +89,6 @@ def _join(run: RunConfig) -> int:
             if "onnection" not in str(error) and "gloo" not in str(error):
                 raise
             return _peer_lost(error)
-    return 0 if code >= 128 and "TORCHELASTIC_RUN_ID" in os.environ else code  # stopped and saved: no failure
 
 
 def _peer_lost(error: Exception) -> int:
@@ -67,21 +97,21 @@ def _peer_lost(error: Exception) -> int:
 
 
 @contextmanager
-def joined(run: RunConfig) -> Iterator[Mesh]:
+def joined(parallel: Parallel, device_type: str) -> Iterator[Mesh]:
     """The mesh of the processes that the environment names.   Fails: ConfigError where they are not as many."""
     rank, world, local = _from_environment()
-    wanted = run.parallel.processes
+    wanted = parallel.processes
     if world != wanted:
         raise ConfigError(
-            f"{world} processes were started and the run has parallel.pipeline {run.parallel.pipeline} × parallel.data "
-            f"{run.parallel.data} = {wanted}; start {wanted}, or change one of them."
+            f"{world} processes were started and {parallel.pipeline} (pipeline) × {parallel.data} (data, or ranks) = "
+            f"{wanted} are asked for; start {wanted}, or change one of them."
         )
-    device = torch.device(resolve(run).train.device)
+    device = torch.device(device_type)
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
             raise ConfigError(
                 f"this machine has {torch.cuda.device_count()} GPUs and rank {rank} needs the one numbered {local}; "
-                "start fewer processes here, or set train.device=cpu."
+                "start fewer processes here, or set the device to cpu."
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -90,7 +120,7 @@ def joined(run: RunConfig) -> Iterator[Mesh]:
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    yield Mesh(run.parallel.pipeline, run.parallel.data, rank, device, run.parallel.expert)
+    yield Mesh(parallel.pipeline, parallel.data, rank, device, parallel.expert)
     dist.destroy_process_group()
 
 
@@ -112,10 +142,10 @@ def _first_host(nodes: str) -> str:
     return name + rest.split("]")[0].split("-")[0] if bracket else name
 
 
-def _launch(run: RunConfig, words: Sequence[str]) -> int:
-    """All ranks on this machine, watched."""
-    processes = run.parallel.processes
-    threads = run.train.threads or max(1, (os.cpu_count() or 1) // processes)
+def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str) -> int:
+    """All ranks on this machine, watched; `killed` is what to know and do where one is killed."""
+    processes = parallel.processes
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -129,28 +159,26 @@ def _launch(run: RunConfig, words: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",
-        max_restarts=run.parallel.restarts,
+        max_restarts=parallel.restarts,
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "counterflow", "train", *words)
+        elastic_launch(settings, sys.executable)("-m", "counterflow", *words)
     except SignalException as signalled:
         return 128 + signalled.sigval.value
     except ChildFailedError as failed:
-        return _explain(failed, run)
+        return _explain(failed, parallel.restarts, killed)
     return 0
 
 
-def _explain(failed: ChildFailedError, run: RunConfig) -> int:
+def _explain(failed: ChildFailedError, restarts: int, killed: str) -> int:
     """The one rank that is to blame: killed, else stopped by an error of its own, which it has printed."""
     rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1].exitcode))
     if failure.exitcode < 0:
-        again = "the same command goes on from the last checkpoint"
-        often = f" after {run.parallel.restarts} restarts" if run.parallel.restarts else ""
+        often = f" after {restarts} restarts" if restarts else ""
         raise RankError(
             f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{often}, and the others were "
-            f"stopped. What was saved is untouched: {again}, and parallel.restarts=N goes on by itself. A kill without "
-            "a sender is often the system's, for memory: lower train.micro_batch_size."
+            f"stopped. A kill without a sender is often the system's, for memory: {killed}."
         )
     return failure.exitcode
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run, to_toml
 from counterflow.config.run import Data, Keep, RunConfig
 from counterflow.convert.export import CONFIG
@@ -13,8 +14,10 @@ from counterflow.convert.load import load_folder
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
 from counterflow.errors import CheckpointError, ConfigError, nearest
-from counterflow.model.transformer import Transformer, named_routers
+from counterflow.model.transformer import Transformer, expert_shards, named_routers
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.piece import Piece
+from counterflow.train.spread import whole_model
 
 RUN_TOML = "run.toml"
 TOKENIZER = "tokenizer.json"
@@ -41,16 +44,20 @@ def folder_of(name: str) -> Path:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def model_of(path: Path, averaged: bool = False, precision: str = "fp32") -> tuple[Transformer, Tokenizer]:
+def model_of(
+    path: Path, averaged: bool = False, precision: str = "fp32", mesh: Mesh | None = None
+) -> tuple[Transformer, Tokenizer]:
     """Model on the CPU, in fp32 or bf16 (the routers' biases in fp32), and tokenizer of a run or a released folder.
 
-    `averaged` takes a run's EMA weights.   Fails: CheckpointError that says what is wrong with either.
+    Of its experts the part that is this rank's on `mesh`. `averaged` takes a run's EMA weights.
+
+    Fails: CheckpointError that says what is wrong with either.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is '{precision}'; {nearest(precision, PRECISIONS)}")
-    dtype = PRECISIONS[precision]
+    dtype, mesh = PRECISIONS[precision], mesh or Mesh()
     if (path / RUN_TOML).is_file() or not (path / CONFIG).is_file():
-        model, tokenizer = restore(path, averaged)
+        model, tokenizer = restore(path, averaged, mesh)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model, tokenizer
@@ -58,28 +65,39 @@ def model_of(path: Path, averaged: bool = False, precision: str = "fp32") -> tup
         raise CheckpointError(
             f"{path} is an exported folder and holds one set of weights; leave out averaged."
         )
-    return load_folder(path, dtype)
+    return mesh.all_do(lambda: load_folder(path, dtype, (mesh.expert_rank, mesh.expert)))
 
 
 @torch.no_grad()
-def restore(folder: Path, averaged: bool = False) -> tuple[Transformer, Tokenizer]:
+def restore(folder: Path, averaged: bool = False, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
     """The run's model, in fp32 on the CPU, and its tokenizer; with `averaged`, its EMA weights.
+
+    Of its experts the part that is this rank's on `mesh`, whose ranks all call this.
 
     Fails: CheckpointError where there is no run, no checkpoint, or no averaged weights.
     """
-    run, kept = run_config(folder), Checkpoints(folder / CHECKPOINTS, keep=1)
-    if not kept.steps():
-        raise CheckpointError(f"{folder} has no checkpoint yet; train it further: counterflow train.")
-    if averaged and not run.train.ema_decay:
-        raise CheckpointError(f"{folder} kept no averaged weights; train with train.ema_decay above 0.")
-    model = Transformer(run.model)
+    mesh = mesh or Mesh()
+    kept = Checkpoints(folder / CHECKPOINTS, 1, mesh)
+
+    def empty() -> Transformer:
+        run = run_config(folder)
+        if not kept.steps():
+            raise CheckpointError(f"{folder} has no checkpoint yet; train it further: counterflow train.")
+        if averaged and not run.train.ema_decay:
+            raise CheckpointError(f"{folder} kept no averaged weights; train with train.ema_decay above 0.")
+        return whole_model(run, mesh)
+
+    model = mesh.all_do(empty)
     kept.load(kept.steps()[-1], weights(model, "ema" if averaged else "master"), some=True)
     return model, load_tokenizer(folder / TOKENIZER)
 
 
-def weights(model: Transformer, kind: str = "master") -> dict[str, Tensor]:
+def weights(model: Transformer, kind: str = "master") -> dict[str, Piece | Tensor]:
     """What a checkpoint keeps of the model itself, by name: fp32 weights (masters or averages) and routers' biases."""
-    kept = {f"{kind}.{name}": weight.data for name, weight in model.named_parameters()}
+    shards, kept = expert_shards(model), {}
+    for name, weight in model.named_parameters():
+        value = weight.data
+        kept[f"{kind}.{name}"] = Piece(value.view(-1), *shards[name]) if name in shards else value
     return kept | {f"bias.{name}": bias for _, name, bias in named_routers(model)}
 
 

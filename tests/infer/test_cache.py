@@ -120,7 +120,7 @@ def test_a_cut_cache_goes_on_as_if_the_rejected_rows_had_never_been():
 def test_the_cache_holds_the_latent_and_the_rotary_key_alone():
     model = random_model(BASE)
     cache = Cache(model, 8, 4, modules=0)
-    assert cache.entries.shape == (BASE.num_layers, 32, BASE.kv_lora_rank + BASE.qk_rope_head_dim)
+    assert cache.entries.shape == (BASE.num_layers, 32 + 4, BASE.kv_lora_rank + BASE.qk_rope_head_dim)
 
 
 def test_the_cheaper_form_is_taken():

@@ -1,0 +1,87 @@
+"""Passes laid evenly for graphs give what passes laid end to end give; on a CPU nothing is recorded, only laid so."""
+
+import logging
+
+import pytest
+import torch
+
+from counterflow.infer import passes
+from counterflow.infer.cache import Bucket, Cache, Extent, bucket_of
+from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.graphs import Graphs
+from counterflow.infer.request import Sampling
+from tests.infer.models import finish, texts, trained_model
+
+BOUND = 1e-5
+"""Logits near 1 in fp32, the sums of a product in another order."""
+
+
+@pytest.fixture
+def laid(monkeypatch) -> list:
+    """What has been laid evenly since: the keys of all runs."""
+    keys, real = [], Graphs.run
+
+    def run(self, key, act, *inputs):
+        keys.append(key)
+        return real(self, key, act, *inputs)
+
+    monkeypatch.setattr(Graphs, "run", run)
+    return keys
+
+
+def test_few_buckets_are_met_and_prompts_have_none():
+    def extents(*spans: tuple[int, int]) -> list[Extent]:
+        return [Extent(start, end, []) for start, end in spans]
+
+    assert bucket_of(extents((40, 42), (7, 8), (300, 301)), 4, 2) == Bucket(4, 2, 128)
+    assert bucket_of(extents((0, 1)), 4, 1) == Bucket(1, 1, 8)
+    assert bucket_of(extents((0, 3), (3, 4)), 4, 2) is None
+    assert bucket_of([], 4, 2) is None
+
+
+def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid):
+    model, lengths = trained_model(), (9, 4, 13)
+    (text,) = texts(1, 20, seed=3).tolist()
+    extents = [
+        Extent(length - rows, length, [7 * i, 7 * i + 3, 7 * i + 1, 7 * i + 2])
+        for i, (length, rows) in enumerate(zip(lengths, (1, 3, 2)))
+    ]
+    tokens = [text[extent.start : extent.end] for extent in extents]
+    found = []
+    for graphs in (None, Graphs()):
+        cache = Cache(model, 32, 4, 3)
+        entries = torch.randn(cache.entries[:, :-4].shape, generator=torch.Generator().manual_seed(0))
+        cache.entries[:, :-4] = entries
+        each = passes.Passes(model, cache, graphs, 3)
+        out = []
+        h, starts = each.trunk(extents, tokens)
+        out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
+        h, starts = each.module(1, extents, tokens, out)
+        out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
+        found.append([*out, cache.entries[:, :-4]])
+    for plain, even in zip(*found, strict=True):
+        assert (plain - even).abs().max() < BOUND
+    assert laid == [(0, Bucket(4, 3, 8)), (2, Bucket(4, 3, 8))]
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_an_engine_of_even_passes_writes_the_same_text(drafts, laid):
+    settings = EngineSettings(drafts=drafts, max_rows=24, block_size=4, adapt=False)
+    written = []
+    for graphs in (None, Graphs()):
+        engine = Engine(trained_model(), settings)
+        engine.runner.passes.graphs = graphs
+        asked = [row[:n].tolist() for row, n in zip(texts(5, 60, seed=7), (1, 40, 9, 17, 3))]
+        sequences = [engine.add(prompt, Sampling(20, temperature=0))[0] for prompt in asked]
+        finish(engine)
+        written.append([sequence.tokens for sequence in sequences])
+    assert written[0] == written[1] and len(laid) > 10
+
+
+def test_a_cpu_says_once_that_it_has_no_graphs(caplog):
+    with caplog.at_level(logging.INFO, logger="counterflow"):
+        engine = Engine(trained_model(), EngineSettings(block_size=4))
+        engine.add([1, 2, 3], Sampling(6, temperature=0))
+        finish(engine)
+    (record,) = [r for r in caplog.records if "CUDA graphs" in r.getMessage()]
+    assert "on a CPU" in record.getMessage() and engine.runner.passes.graphs is None
