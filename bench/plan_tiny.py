@@ -77,7 +77,6 @@ def _rank(rank: int, run: RunConfig, port: int, steps: int, folder: str) -> None
         "clock_s": clock[WARM_UP:],
         "processor_s": used[WARM_UP:],
         "ops": ops,
-        "heap": heaps,
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
 

@@ -1,8 +1,9 @@
 """Passes over memory and kernels of `counterflow train`'s own ops: eager PyTorch, one kernel after another.
 
-`work` counts what fused kernels must move, as the report's and other large systems have them. Ours read and write every
-intermediate tensor: RMSNorm's backward alone moves 82 bytes an element where 8 would do. Bytes are counted tensor by
-tensor from the code named in each line, kernels with them; tests hold both against a counter that watches the ops run.
+`work` counts what fused kernels must move, as the report's and other large systems have them. Ours read and write most
+intermediate tensors: on a CPU RMSNorm's backward alone moves 82 bytes an element where 8 would do; on a GPU norms, SwiGLU
+and rotation are one pass each. Bytes are counted tensor by tensor from the code named in each line, kernels with them;
+tests hold both against a counter that watches the ops of a CPU run, and a profile tells the kernels of a GPU's step.
 `e` is the bytes of an element of activations, `c` those of a cast to or from fp32, which fp32 training has none of.
 """
 
@@ -15,7 +16,7 @@ ACCUMULATE_BYTES = 10
 """Of a weight for each product in bf16: it is read, the fp32 gradient read and written (kernels.product)."""
 NORM_BACKWARD = 64
 """Bytes of an element in fp32 (kernels.norm): two products and sums, two matrix-vector products, dx in three passes."""
-NORM_KERNELS, NORM_BACKWARD_KERNELS = 9, 20
+NORM_KERNELS, NORM_BACKWARD_KERNELS, FUSED_NORM_BACKWARD_KERNELS = 9, 20, 3
 ROUTER_FORWARD, ROUTER_BACKWARD = 88, 113
 """Bytes of a token's score for one expert: sigmoid, bias, group limit, top K, the balance loss; all in fp32."""
 
@@ -39,22 +40,36 @@ def _element(load: Workload) -> tuple[float, float]:
 
 
 def norm_bytes(load: Workload, kind: Kind) -> float:
-    """Of an element: forward is one kernel on a GPU and PyTorch's composite on a CPU."""
+    """Of an element: on a GPU one kernel, and in backward another for the gain; on a CPU PyTorch's composite and ours."""
     e, c = _element(load)
+    if load.on_gpu:
+        return 2 * e if kind is Kind.F else 5 * e
+    return 2 * c + 20 + 3 * e if kind is Kind.F else NORM_BACKWARD + 3 * c
+
+
+def norm_kernels(load: Workload, kind: Kind) -> int:
+    """Of one norm."""
     if kind is Kind.F:
-        return 2 * e if load.on_gpu else 2 * c + 20 + 3 * e
-    return NORM_BACKWARD + 3 * c
+        return 1 if load.on_gpu else NORM_KERNELS
+    return FUSED_NORM_BACKWARD_KERNELS if load.on_gpu else NORM_BACKWARD_KERNELS
 
 
 def rotate_bytes(load: Workload) -> float:
-    """Of a rotary element, either way: a cast, a complex product, a cast (model.rope)."""
-    _, c = _element(load)
-    return 8 + 2 * c
+    """Of a token, either way: a cast, a complex product, a cast of each rotary number (kernels.rotate).
+
+    On a GPU only of the shared key's: the queries turn in the pass that would join them.
+    """
+    model, (e, c) = load.job.model, _element(load)
+    if load.on_gpu:
+        return 2 * e * model.qk_rope_head_dim
+    return (8 + 2 * c) * (model.num_heads + 1) * model.qk_rope_head_dim
 
 
 def swiglu_bytes(load: Workload, kind: Kind, gated: bool) -> float:
     """Of an element between the projections (kernels.swiglu)."""
     e, c = _element(load)
+    if load.on_gpu:
+        return 3 * e if kind is Kind.F else 6 * e
     if kind is Kind.F:
         return 5 * e + 2 * e * gated
     return 17 * e + (2 * c + 16 + 4 * e) * gated
@@ -66,7 +81,7 @@ def _attend(load: Workload) -> float:
     norms = norm_bytes(load, Kind.F) * (model.hidden_size + model.q_lora_rank + model.kv_lora_rank)
     rotary = model.num_heads * model.qk_rope_head_dim
     joined = 2 * e * (2 * sizes.queries) - e * rotary  # the one rotary key of all heads is read once
-    return norms + rotate_bytes(load) * (rotary + model.qk_rope_head_dim) + joined + _core_copies(load)
+    return norms + rotate_bytes(load) + joined + _core_copies(load)
 
 
 def _core_copies(load: Workload) -> float:
@@ -83,7 +98,7 @@ def _attn(load: Workload, kind: Kind, moe: bool) -> Passes:
     norms = 2 * width + model.q_lora_rank + model.kv_lora_rank
     if kind is Kind.W:
         return _accumulate(load, sizes.attention), 10 + moe
-    forward, launches = _attend(load), 4 * (1 if load.on_gpu else NORM_KERNELS) + 18
+    forward, launches = _attend(load), 4 * norm_kernels(load, Kind.F) + (13 if load.on_gpu else 18)
     if kind is Kind.F:
         row = (
             forward
@@ -92,13 +107,13 @@ def _attn(load: Workload, kind: Kind, moe: bool) -> Passes:
             + (c * width + ROUTER_FORWARD * model.num_routed_experts) * moe
         )
         return load.tokens * row, launches + 35 * moe
-    rotary = model.num_heads * model.qk_rope_head_dim + model.qk_rope_head_dim
     parted = 2 * e * (sizes.queries + sizes.contents + sizes.values + model.kv_lora_rank)
-    row = norm_bytes(load, kind) * norms + rotate_bytes(load) * rotary + parted + 9 * e * width
+    row = norm_bytes(load, kind) * norms + rotate_bytes(load) + parted + 9 * e * width
     row += 2 * _core_copies(load)  # dq, dk, scaled in place, and the probabilities' gradient
     row += (6 * e * width + 2 * c * width + ROUTER_BACKWARD * model.num_routed_experts) * moe
     again = load.layout.recompute == "attention"
-    return load.tokens * (row + forward * again), 4 * NORM_BACKWARD_KERNELS + 30 + 34 * moe + launches * again
+    kernels = 4 * norm_kernels(load, kind) + (20 if load.on_gpu else 30) + 34 * moe
+    return load.tokens * (row + forward * again), kernels + launches * again
 
 
 def _mlp(load: Workload, kind: Kind, moe: bool) -> Passes:
@@ -111,11 +126,12 @@ def _dense(load: Workload, kind: Kind) -> Passes:
     if kind is Kind.W:
         return _accumulate(load, 3 * width * inner), 4
     row = swiglu_bytes(load, kind, False) * inner + (3 * e * width if kind is Kind.F else 0)
-    return load.tokens * row, 5 if kind is Kind.F else 8
+    kernels = (3, 3) if load.on_gpu else (5, 8)
+    return load.tokens * row, kernels[kind is not Kind.F]
 
 
 def _experts(load: Workload, kind: Kind) -> Passes:
-    """Gathers to pairs, the grouped products' zeroed rows on a GPU, SwiGLU, the sum back to rows, the residual."""
+    """Gathers to pairs, SwiGLU, the sum back to rows, the residual."""
     sizes, model, (e, _) = load.sizes, load.job.model, _element(load)
     width, inner = model.hidden_size, sizes.pairs * model.moe_intermediate_size
     held = model.num_routed_experts // load.layout.expert
@@ -126,13 +142,12 @@ def _experts(load: Workload, kind: Kind) -> Passes:
         return load.tokens * 4 * e * sizes.pairs * width + _accumulate(load, weights), kernels
     row = 2 * e * sizes.pairs * width + e * (sizes.pairs + sizes.arrived) * width
     row += swiglu_bytes(load, kind, True) * inner + swiglu_bytes(load, kind, False) * sizes.shared
-    outputs = {Kind.F: 2 * inner, Kind.I: inner}[kind] + sizes.pairs * width
-    row += 2 * e * outputs * load.on_gpu
     row += (
         6 * e * width * (kind is Kind.F)
     )  # the shared experts' and, where nothing travels, the routed ones' sum
-    products = 12 if load.on_gpu else 2 * held
-    return load.tokens * row, (29 if kind is Kind.F else 32) + products
+    if load.on_gpu:
+        return load.tokens * row, 32 if kind is Kind.F else 22
+    return load.tokens * row, (29 if kind is Kind.F else 32) + 2 * held
 
 
 def _accumulate(load: Workload, weights: float) -> float:
@@ -157,7 +172,7 @@ def _merge(load: Workload, kind: Kind, moe: bool) -> Passes:
         return _accumulate(load, 2 * width * width), 2
     looked, kernels = _embed(load, kind, moe)
     row = (2 * norm_bytes(load, kind) + 4 * e) * width
-    return load.tokens * row + looked, kernels + (6 if kind is Kind.F else 2 * NORM_BACKWARD_KERNELS + 6)
+    return load.tokens * row + looked, kernels + 6 + 2 * norm_kernels(load, kind) * (kind is not Kind.F)
 
 
 def _head(load: Workload, kind: Kind, moe: bool) -> Passes:
@@ -165,13 +180,13 @@ def _head(load: Workload, kind: Kind, moe: bool) -> Passes:
     del moe
     model, tokens, (e, c) = load.job.model, load.tokens, _element(load)
     if kind is Kind.I:
-        return tokens * (norm_bytes(load, kind) + 2 * e) * model.hidden_size, NORM_BACKWARD_KERNELS + 2
+        return tokens * (norm_bytes(load, kind) + 2 * e) * model.hidden_size, norm_kernels(load, kind) + 2
     softmax = e + 4 if load.on_gpu else c + 8
     logit = softmax + e + 4 + c + 2 * e
     blocks = -(-tokens * model.vocab_size * 4 // load.head_block)
     added = blocks * _accumulate(load, model.vocab_size * model.hidden_size)
     passes = tokens * (logit * model.vocab_size + norm_bytes(load, kind) * model.hidden_size) + added
-    return passes, 22 * blocks + (1 if load.on_gpu else NORM_KERNELS)
+    return passes, 22 * blocks + norm_kernels(load, Kind.F)
 
 
 def _transfer(load: Workload, kind: Kind, moe: bool) -> Passes:

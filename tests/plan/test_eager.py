@@ -83,9 +83,13 @@ def test_passes_and_kernels_are_those_that_run(recompute):
             assert work.kernels == pytest.approx(counter.kernels, rel=0.2), (kind, part, layer)
 
 
-def test_fused_kernels_move_a_fraction_and_fp8_is_always_fused():
+def test_a_gpu_fuses_what_a_cpu_passes_over_and_fp8_is_always_fused():
     job = Job(MODELS["small"], 2048, 8, 1e6, "bf16")
-    load = Workload(job, Layout(1, 1, 1, 8))
-    fused = load(Kind.I, Part.ATTN, 5)
-    assert eager(load, Kind.I, Part.ATTN, True, fused).passes > 3 * fused.passes
+    layout = Layout(1, 1, 1, 8)
+    for kind, part in ((Kind.I, Part.ATTN), (Kind.F, Part.MLP), (Kind.I, Part.MLP)):
+        on_gpu, on_cpu = (
+            eager(load, kind, part, True, load(kind, part, 5))
+            for load in (Workload(job, layout), Workload(job, layout, on_gpu=False))
+        )
+        assert on_gpu.passes < on_cpu.passes and on_gpu.kernels < on_cpu.kernels
     assert job.is_eager and not replace(job, precision="fp8").is_eager
