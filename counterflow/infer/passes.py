@@ -16,6 +16,7 @@ from torch import Tensor
 from counterflow.infer.attend import attend
 from counterflow.infer.cache import Bucket, Cache, Extent, Rows, bucket_of
 from counterflow.infer.graphs import Graphs, hindrance
+from counterflow.infer.states import Row, gather
 from counterflow.model.layer import Context, Layer
 from counterflow.model.mtp import MtpModule
 from counterflow.model.transformer import Transformer
@@ -41,7 +42,7 @@ class Passes:
         return self._run(0, act, extents, tokens, None)
 
     def module(
-        self, depth: int, extents: Items[Extent], tokens: Items[list[int]], hidden: Items[Tensor]
+        self, depth: int, extents: Items[Extent], tokens: Items[list[int]], hidden: Items[list[Row]]
     ) -> tuple[Float[Tensor, "T D"], list[int]]:
         """As `trunk`, of MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent."""
 
@@ -56,7 +57,7 @@ class Passes:
         act: Callable[..., Tensor],
         extents: Items[Extent],
         tokens: Items[list[int]],
-        hidden: Items[Tensor] | None,
+        hidden: Items[list[Row]] | None,
     ) -> tuple[Float[Tensor, "T D"], list[int]]:
         device = self.cache.entries.device
         bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest)
@@ -64,16 +65,15 @@ class Passes:
             rows = self.cache.rows(extents)
             given = [token for i in rows.order for token in tokens[i]]
             flat = torch.tensor(given, dtype=torch.long, device=device)
-            states = [] if hidden is None else [self._joined([hidden[i] for i in rows.order])]
+            states = [] if hidden is None else [self._joined([row for i in rows.order for row in hidden[i]])]
             return act(flat, rows, *states), rows.starts
         numbers = torch.tensor(self.cache.packed(extents, tokens, bucket), device=device)
-        states = [] if hidden is None else [even(hidden, bucket)]
+        states = [] if hidden is None else [gather(even(hidden, bucket))]
         found = self.graphs.run((name, bucket), partial(self._even, act, bucket), numbers, *states)
         return found, [index * bucket.queries for index in range(len(extents))]
 
-    def _joined(self, hidden: Items[Tensor]) -> Float[Tensor, "T D"]:
-        none = self.model.head.new_empty(0, self.model.config.hidden_size)
-        return torch.cat([none, *hidden])
+    def _joined(self, rows: list[Row]) -> Float[Tensor, "T D"]:
+        return gather(rows) if rows else self.model.head.new_empty(0, self.model.config.hidden_size)
 
     def _even(
         self, act: Callable[..., Tensor], bucket: Bucket, numbers: Int[Tensor, "_"], *states: Tensor
@@ -81,12 +81,12 @@ class Passes:
         return act(*self.cache.even_rows(numbers, bucket), *states)
 
 
-def even(hidden: Items[Float[Tensor, "_ D"]], bucket: Bucket) -> Float[Tensor, "T D"]:
-    """Each sequence's rows at its place of the bucket, zeros beside them."""
-    places = [index * bucket.queries + row for index, each in enumerate(hidden) for row in range(len(each))]
-    out = hidden[0].new_zeros(bucket.sequences * bucket.queries, hidden[0].shape[1])
-    out[torch.tensor(places, device=out.device)] = torch.cat(list(hidden))
-    return out
+def even(hidden: Items[list[Row]], bucket: Bucket) -> list[Row | None]:
+    """Each sequence's rows at its place of the bucket, None beside them."""
+    filled = [[*rows, *[None] * (bucket.queries - len(rows))] for rows in hidden]
+    return [row for rows in filled for row in rows] + [None] * (
+        (bucket.sequences - len(filled)) * bucket.queries
+    )
 
 
 def graphs_for(model: Transformer, wanted: bool) -> Graphs | None:

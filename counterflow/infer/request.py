@@ -7,9 +7,8 @@ first has been through its prompt, and then share its blocks.
 import random
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from counterflow.errors import RequestError
+from counterflow.infer.states import Row
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Sequence:
     """Serial numbers of its first blocks, as far as they can be shared."""
     valid: list[int] = field(default_factory=list)
     """Positions of each module's cache that come from true tokens; n − k at most for n tokens."""
-    waiting: list[list[Tensor]] = field(default_factory=list)
+    waiting: list[list[Row]] = field(default_factory=list)
     """For each module the hidden states from `valid` on that it has yet to run over, in pieces of rows."""
     finish: str | None = None
     """stop, length or abort, once it has ended."""

@@ -18,7 +18,8 @@ from counterflow.infer.cache import Cache, Extent
 from counterflow.infer.distribution import distribution
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
-from counterflow.infer.speculate import Drafter, verdict
+from counterflow.infer.speculate import Drafter, greedy_verdict, verdict
+from counterflow.infer.states import rows_of
 from counterflow.model.transformer import Transformer
 
 
@@ -63,13 +64,12 @@ class Runner:
         for work, start, result in zip(works, starts, made, strict=True):
             if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
                 result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
-            advance(work.sequence, h[start : start + work.rows + max(0, len(result.tokens) - 1)])
+            advance(work.sequence, h, start, start + work.rows + max(0, len(result.tokens) - 1))
         return Outcome(made, drafted - began, perf_counter() - drafted)
 
-    def _draft(self, works: list[Work], uniforms: list[list[float]]) -> tuple[list[list[int]], Tensor]:
+    def _draft(self, works: list[Work], uniforms: list[list[float]]) -> tuple[list[list[int]], Tensor | None]:
         if self.drafter is None:
-            none = torch.zeros(len(works), 0, len(self.model.head), device=self.model.head.device)
-            return [[] for _ in works], none
+            return [[] for _ in works], None
         wanted = [work.drafts for work in works]
         chain = self.drafter.draft([work.sequence for work in works], wanted, uniforms)
         return chain.tokens, chain.q
@@ -87,7 +87,7 @@ class Runner:
         self,
         works: list[Work],
         drafts: list[list[int]],
-        q: Float[Tensor, "B K V"],
+        q: Float[Tensor, "B K V"] | None,
         uniforms: list[list[float]],
         h: Float[Tensor, "T D"],
         starts: list[int],
@@ -97,19 +97,41 @@ class Runner:
         chosen = [i for i, work in enumerate(works) if work.samples and work.sequence.sampling.max_tokens]
         if not chosen:
             return
-        deepest, device = q.shape[1], h.device
+        deepest = max(works[i].drafts for i in chosen)
         firsts = [starts[i] + works[i].rows - 1 for i in chosen]
         rows = [
             [first + min(k, works[i].drafts) for k in range(deepest + 1)] for i, first in zip(chosen, firsts)
         ]
-        logits = passes.logits_of(self.model, h[torch.tensor(rows, device=device).flatten()])
+        logits = passes.logits_of(self.model, h[torch.tensor(rows, device=h.device).flatten()])
         logits = logits.view(len(chosen), deepest + 1, -1)
+        if any(works[i].sequence.sampling.temperature for i in chosen):
+            found = self._judged(works, drafts, q, uniforms, chosen, logits)
+        else:
+            found = greedy_verdict(logits.argmax(-1).tolist(), [drafts[i] for i in chosen])
+        for row, (i, (keep, token)) in enumerate(zip(chosen, found, strict=True)):
+            made[i].tokens = [*drafts[i][:keep], token]
+            wanted = works[i].sequence.sampling.logprobs
+            if wanted is not None:
+                made[i].logprobs = logprobs(logits[row, : keep + 1], made[i].tokens, wanted)
+
+    def _judged(
+        self,
+        works: list[Work],
+        drafts: list[list[int]],
+        q: Tensor | None,
+        uniforms: list[list[float]],
+        chosen: list[int],
+        logits: Float[Tensor, "B K1 V"],
+    ) -> list[tuple[int, int]]:
+        """Drafts kept and the token behind them, of the chosen works, by their distributions."""
+        deepest, device = logits.shape[1] - 1, logits.device
         p = distribution(logits, [works[i].sequence.sampling for i in chosen])
         padded = [drafts[i] + [0] * (deepest - works[i].drafts) for i in chosen]
         numbers = [uniforms[i][works[i].drafts : -1] + [0.0] * (deepest - works[i].drafts) for i in chosen]
+        drawn_from = p[:, :0] if q is None else q[torch.tensor(chosen, device=device), :deepest]
         kept, following = verdict(
             p,
-            q[torch.tensor(chosen, device=device)],
+            drawn_from,
             torch.tensor(padded, dtype=torch.long, device=device),
             torch.tensor([works[i].drafts for i in chosen], device=device),
             torch.tensor(
@@ -118,11 +140,7 @@ class Runner:
                 device=device,
             ),
         )
-        for row, (i, keep, token) in enumerate(zip(chosen, kept.tolist(), following.tolist(), strict=True)):
-            made[i].tokens = [*drafts[i][:keep], token]
-            wanted = works[i].sequence.sampling.logprobs
-            if wanted is not None:
-                made[i].logprobs = logprobs(logits[row, : keep + 1], made[i].tokens, wanted)
+        return list(zip(kept.tolist(), following.tolist(), strict=True))
 
     def _prompt(self, work: Work, h: Float[Tensor, "T D"]) -> list[TokenLogprob]:
         """Log-probabilities of the prompt's tokens that follow these rows."""
@@ -131,11 +149,11 @@ class Runner:
         return logprobs(logits, following, work.sequence.sampling.logprobs or 0)
 
 
-def advance(sequence: Sequence, h: Float[Tensor, "T D"]) -> None:
+def advance(sequence: Sequence, h: Float[Tensor, "T D"], start: int, end: int) -> None:
     """The main cache is true for these rows more; their hidden states wait for the first module."""
-    sequence.cached += len(h)
+    sequence.cached += end - start
     if sequence.modules:
-        sequence.waiting[0].append(h)
+        sequence.waiting[0] += rows_of(h, start, end)
 
 
 def _uniforms(work: Work) -> list[float]:

@@ -28,6 +28,7 @@ from counterflow.infer.cache import Extent
 from counterflow.infer.distribution import distribution, draw
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence
+from counterflow.infer.states import Row, gather, rows_of
 
 
 @dataclass
@@ -40,12 +41,12 @@ class Chain:
     uniforms: list[list[float]]
     """A number for each draft."""
     tokens: list[list[int]]
-    q: Float[Tensor, "B K V"]
-    """What each draft was drawn from; zero where there is none."""
-    ahead: dict[int, Tensor] = field(default_factory=dict)
+    q: Float[Tensor, "B K V"] | None
+    """What each draft was drawn from, zero where there is none; None where all take the likeliest token."""
+    ahead: dict[int, list[Row]] = field(default_factory=dict)
     """Hidden states of the newest depth at positions where they rest on drafts, by sequence."""
-    newest: dict[int, Tensor] = field(default_factory=dict)
-    """The hidden state, as one row, that the newest draft was made from."""
+    newest: dict[int, Row] = field(default_factory=dict)
+    """The hidden state that the newest draft was made from."""
 
 
 class Drafter:
@@ -60,12 +61,14 @@ class Drafter:
 
         All ranks run a module where one of them has rows for it.
         """
-        shape = (len(sequences), max(wanted, default=0), self.model.config.vocab_size)
-        q = torch.zeros(shape, device=self.cache.entries.device)
+        deepest, q = max(wanted, default=0), None
+        if any(sequence.sampling.temperature for sequence in sequences):
+            shape = (len(sequences), deepest, self.model.config.vocab_size)
+            q = torch.zeros(shape, device=self.cache.entries.device)
         chain = Chain(sequences, wanted, uniforms, [[] for _ in sequences], q)
         for depth in range(self.modules):
             self._run(chain, depth)
-        for depth in range(self.modules, self.ranks.most(shape[1])):
+        for depth in range(self.modules, self.ranks.most(deepest)):
             self._run_again(chain, depth)
         return chain
 
@@ -78,14 +81,13 @@ class Drafter:
         for index, (end, _) in spans.items():
             sequence = chain.sequences[index]
             start = sequence.valid[depth]
-            rows = [*sequence.waiting[depth], *([chain.ahead[index]] if index in chain.ahead else [])]
-            inputs.append(torch.cat(rows)[: end - start])
+            inputs.append([*sequence.waiting[depth], *chain.ahead.get(index, ())][: end - start])
             tokens.append((sequence.tokens + chain.tokens[index])[start + depth + 1 : end + depth + 1])
             extents.append(Extent(start, end, sequence.blocks))
         pieces = self._pieces(depth, extents, inputs, tokens)
         for (index, (_, true)), given, piece in zip(spans.items(), inputs, pieces, strict=True):
             self._keep(chain, index, depth, true, given, piece)
-        self._choose(chain, depth, {i: piece[-1:] for i, piece in zip(spans, pieces, strict=True)})
+        self._choose(chain, depth, {i: piece[-1] for i, piece in zip(spans, pieces, strict=True)})
 
     def _spans(self, chain: Chain, depth: int) -> dict[int, tuple[int, int]]:
         """By sequence: the position where this depth ends now, and where its true entries will."""
@@ -99,16 +101,18 @@ class Drafter:
                 spans[index] = (true, true)
         return spans
 
-    def _keep(self, chain: Chain, index: int, depth: int, true: int, given: Tensor, piece: Tensor) -> None:
+    def _keep(
+        self, chain: Chain, index: int, depth: int, true: int, given: list[Row], piece: list[Row]
+    ) -> None:
         """What waits for this depth and the next from now on, and what rests on drafts."""
         sequence = chain.sequences[index]
         reached = sequence.valid[depth - 1] if depth else sequence.cached
         count, left = true - sequence.valid[depth], reached - sequence.valid[depth]
         if len(given) < left:
-            given = torch.cat(sequence.waiting[depth])
-        sequence.waiting[depth] = [given[count:left]] if left > count else []
-        if depth + 1 < self.modules and count:
-            sequence.waiting[depth + 1].append(piece[:count])
+            given = sequence.waiting[depth]
+        sequence.waiting[depth] = given[count:left]
+        if depth + 1 < self.modules:
+            sequence.waiting[depth + 1] += piece[:count]
         chain.ahead.pop(index, None)
         if len(piece) > count:
             chain.ahead[index] = piece[count:]
@@ -122,31 +126,49 @@ class Drafter:
         for index in chosen:
             at = chain.sequences[index].cached + beyond
             extents.append(Extent(at, at + 1, chain.sequences[index].blocks))
-        inputs = [chain.newest[index] for index in chosen]
+        inputs = [[chain.newest[index]] for index in chosen]
         tokens = [chain.tokens[index][-1:] for index in chosen]
         pieces = self._pieces(self.modules - 1, extents, inputs, tokens)
-        self._choose(chain, depth, dict(zip(chosen, pieces, strict=True)))
+        self._choose(chain, depth, {i: piece[0] for i, piece in zip(chosen, pieces, strict=True)})
 
     def _pieces(
-        self, depth: int, extents: list[Extent], inputs: list[Tensor], tokens: list[list[int]]
-    ) -> list[Tensor]:
+        self, depth: int, extents: list[Extent], inputs: list[list[Row]], tokens: list[list[int]]
+    ) -> list[list[Row]]:
         """A module's hidden states over these extents, in their order."""
         out, starts = self.passes.module(depth, extents, tokens, inputs)
-        return [out[start : start + len(given)] for start, given in zip(starts, inputs, strict=True)]
+        return [rows_of(out, start, start + len(given)) for start, given in zip(starts, inputs, strict=True)]
 
-    def _choose(self, chain: Chain, depth: int, hidden: dict[int, Tensor]) -> None:
+    def _choose(self, chain: Chain, depth: int, hidden: dict[int, Row]) -> None:
         """Draw the sequences' next draft from this depth's hidden states, where one is wanted."""
         chosen = [index for index in hidden if chain.wanted[index] > depth]
         if not chosen:
             return
         chain.newest = {index: hidden[index] for index in chosen}
-        logits = passes.logits_of(self.model, torch.cat([hidden[index] for index in chosen]))
-        p = distribution(logits, [chain.sequences[index].sampling for index in chosen])
-        uniform = [chain.uniforms[index][depth] for index in chosen]
-        drafted = draw(p, torch.tensor(uniform, dtype=torch.float64, device=p.device))
-        chain.q[torch.tensor(chosen, device=p.device), depth] = p
+        logits = passes.logits_of(self.model, gather([hidden[index] for index in chosen]))
+        if chain.q is None:
+            drafted = logits.argmax(-1)
+        else:
+            drafted = self._draw(chain, chain.q, depth, chosen, logits)
         for index, token in zip(chosen, drafted.tolist(), strict=True):
             chain.tokens[index].append(token)
+
+    def _draw(
+        self, chain: Chain, q: Float[Tensor, "B K V"], depth: int, chosen: list[int], logits: Tensor
+    ) -> Int[Tensor, "_"]:
+        """A draft of each of the chosen, and what it was drawn from into `q`."""
+        p = distribution(logits, [chain.sequences[index].sampling for index in chosen])
+        uniform = [chain.uniforms[index][depth] for index in chosen]
+        q[torch.tensor(chosen, device=p.device), depth] = p
+        return draw(p, torch.tensor(uniform, dtype=torch.float64, device=p.device))
+
+
+def greedy_verdict(best: list[list[int]], drafts: list[list[int]]) -> list[tuple[int, int]]:
+    """`verdict` at temperature 0: drafts are kept while they are the likeliest tokens; the next of those follows."""
+    kept = []
+    for row, drafted in zip(best, drafts, strict=True):
+        keep = next((k for k, token in enumerate(drafted) if token != row[k]), len(drafted))
+        kept.append((keep, row[keep]))
+    return kept
 
 
 def verdict(

@@ -13,6 +13,7 @@ from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.infer.graphs import Graphs
 from counterflow.infer.place import placed
 from counterflow.infer.request import Sampling
+from counterflow.infer.states import gather, rows_of
 from tests.infer.models import texts, trained_model, write
 from tests.model.configs import BASE, random_model
 
@@ -83,13 +84,14 @@ def test_a_replayed_pass_equals_the_same_pass_unrecorded_bit_for_bit():
             extents, tokens = even_pass(rows, context + 2 * turn, sequences)
             h, starts = replayed.trunk(extents, tokens)
             states = [h[start : start + rows] for start in starts]
-            deep, _ = replayed.module(0, extents, tokens, states)
+            waiting = [rows_of(h, start, start + rows) for start in starts]
+            deep, _ = replayed.module(0, extents, tokens, waiting)
             bucket = bucket_of(extents, cache.size, 3)
             numbers = torch.tensor(cache.packed(extents, tokens, bucket), device="cuda")
             flat, laid = cache.even_rows(numbers, bucket)
             again = passes.run_trunk(model, flat, laid, cache)
             assert torch.equal(passes.logits_of(model, h), passes.logits_of(model, again))
-            given = passes.even(states, bucket)
+            given = gather(passes.even(waiting, bucket))
             assert torch.equal(deep, passes.run_module(model, 0, given, flat, laid, cache))
             ends, first = plain.trunk(extents, tokens)
             own = torch.cat([ends[start : start + rows] for start in first])

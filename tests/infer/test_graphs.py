@@ -10,6 +10,7 @@ from counterflow.infer.cache import Bucket, Cache, Extent, bucket_of
 from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.infer.graphs import Graphs
 from counterflow.infer.request import Sampling
+from counterflow.infer.states import rows_of
 from tests.infer.models import finish, texts, trained_model
 
 BOUND = 1e-5
@@ -56,7 +57,8 @@ def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid)
         out = []
         h, starts = each.trunk(extents, tokens)
         out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
-        h, starts = each.module(1, extents, tokens, out)
+        waiting = [rows_of(h, start, start + len(own)) for start, own in zip(starts, tokens)]
+        h, starts = each.module(1, extents, tokens, waiting)
         out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
         found.append([*out, cache.entries[:, :-4]])
     for plain, even in zip(*found, strict=True):
