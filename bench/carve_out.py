@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,23 +97,13 @@ def main() -> None:
         for carved in CARVED:
             carve(carved, torch.device("cuda"))
             programs = carved or 8
+            copy = partial(copy_triton.push, [(source, target)], programs)
+            moved = timed(copy, arguments.rounds)
             for name, act in acts.items():
                 alone = timed(act, arguments.rounds)
-                waits, both = beside(
-                    act, lambda: copy_triton.push([(source, target)], programs), arguments.rounds
-                )
-                moved = timed(lambda: copy_triton.push([(source, target)], programs), arguments.rounds)
-                rows.append(
-                    {
-                        "library": library,
-                        "carved": carved,
-                        "product": name,
-                        "seconds": alone,
-                        "copy_alone_s": moved,
-                        "copy_beside_s": waits,
-                        "four_beside_s": both,
-                    }
-                )
+                waits, both = beside(act, copy, arguments.rounds)
+                row = {"library": library, "carved": carved, "product": name, "seconds": alone}
+                rows.append({**row, "copy_alone_s": moved, "copy_beside_s": waits, "four_beside_s": both})
                 print(
                     f"{library:9} carved {carved:3} {name:26} {alone * 1e6:7.0f} µs alone; a copy of {programs:2} "
                     f"programs {moved * 1e6:6.0f} µs alone, {waits * 1e6:6.0f} beside four of them",

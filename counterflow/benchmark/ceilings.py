@@ -7,7 +7,6 @@ On one rank there is no wire, and a copy within its memory stands for it.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.comm.exchange import GroupExchange
