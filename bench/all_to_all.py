@@ -48,7 +48,7 @@ def bench(wish: AllToAll, mesh: Mesh, folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             whole = {"settings": asdict(wish), "provenance": made, **result}
             (folder / "raw.json").write_text(json.dumps(whole, indent=1))
-            (folder / "curve.svg").write_text(picture(result))
+            (folder / "picture.svg").write_text(picture(result))
     if mesh.first:
         print(f"\n{mesh.size} ranks\n" + aligned(table(result, focus(result))), *result["notes"], sep="\n")
 

@@ -33,16 +33,19 @@ class Rounds:
     def time(
         self, acts: Mapping[str, Callable[[], object]], warmups: int, rounds: int
     ) -> dict[str, list[float]]:
-        """Seconds of the slowest rank by act, one a round; acts alternate. A collective."""
+        """Seconds of the slowest rank by act, one a round; acts alternate. A collective.
+
+        An act that gives two marks is timed between them.
+        """
         marks = {name: [] for name in acts}
         for number in range(warmups + rounds):
             for name, act in acts.items():
                 self._prepare()
                 start = mark(self.mesh.device)
-                act()
-                end = mark(self.mesh.device)
+                found = act()
+                edges = found if isinstance(found, tuple) else (start, mark(self.mesh.device))
                 if number >= warmups:
-                    marks[name].append((start, end))
+                    marks[name].append(edges)
         seconds = torch.tensor(
             [[between(*pair) for pair in pairs] for pairs in marks.values()], dtype=torch.float64
         ).to(self.mesh.device)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from counterflow.benchmark.all_to_all import AllToAll
+from counterflow.benchmark.pair import Overlap
 from counterflow.errors import ConfigError, nearest
 
 CPU_RANKS = 2
@@ -36,6 +37,14 @@ class AllToAllBench:
 
     place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
     wish: Annotated[AllToAll, tyro.conf.arg(name="")] = field(default_factory=AllToAll)
+
+
+@dataclass(frozen=True)
+class OverlapBench:
+    """The overlapped pair of Figure 4: what its transfers add to its computation, with every backend named."""
+
+    place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
+    wish: Annotated[Overlap, tyro.conf.arg(name="")] = field(default_factory=Overlap)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -75,6 +84,26 @@ def _all_to_all(arguments: list[str]) -> int:
     return _on_ranks(place, ["bench", "all-to-all", *arguments], act)
 
 
+def _overlap(arguments: list[str]) -> int:
+    asked = tyro.cli(OverlapBench, prog="counterflow bench overlap", args=arguments)
+    place = asked.place
+
+    def act(mesh: Any) -> None:
+        from counterflow.benchmark.pair_result import overlap, table, timelines
+        from counterflow.progress import watched
+
+        steps = overlap(asked.wish, mesh)
+        for result in watched(steps, "contenders") if mesh.first else steps:
+            if mesh.first and place.folder:
+                numbers = {key: value for key, value in result.items() if key != "timelines"}
+                write(place.folder, asdict(asked.wish), numbers, timelines(result))
+        if mesh.first:
+            show(f"a pair, {mesh.size} expert ranks", table(result))
+            print("\n".join(result["notes"]))
+
+    return _on_ranks(place, ["bench", "overlap", *arguments], act)
+
+
 def _on_ranks(place: Place, words: list[str], act: Callable[[Any], None]) -> int:
     import torch
 
@@ -92,7 +121,8 @@ def write(folder: Path, wish: Mapping[str, Any], result: Mapping[str, Any], pict
     folder.mkdir(parents=True, exist_ok=True)
     whole = {"settings": wish, "provenance": provenance(), **result}
     (folder / "raw.json").write_text(json.dumps(whole, indent=1))
-    (folder / "curve.svg").write_text(picture)
+    if picture:
+        (folder / "picture.svg").write_text(picture)
 
 
 def show(title: str, lines: Sequence[Sequence[str]]) -> None:
@@ -110,4 +140,5 @@ def show(title: str, lines: Sequence[Sequence[str]]) -> None:
 
 BENCHES: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
     "all-to-all": (_all_to_all, "dispatch and combine by every backend, against plain copies"),
+    "overlap": (_overlap, "a forward and a backward chunk that hide each other's transfers"),
 }
