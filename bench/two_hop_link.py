@@ -70,7 +70,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from counterflow.comm import DISPATCHERS
-    from counterflow.comm.dispatch import Route
+    from counterflow.comm.dispatch import Route, Terms
     from counterflow.comm.mesh import Mesh
     from counterflow.comm.peers import process_peers
 

@@ -11,6 +11,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,33 @@ from counterflow.train.restore import run_config
 NGRAM = 8
 
 
-def held_out(folder: Path, tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
-    """`count` stretches of `length` tokens from documents that the run never trained on.   Fails: DataError."""
-    data, found = run_config(folder).data, []
-    for source in data.sources:
-        corpus = open_corpus(source, data.held_out, Path(data.cache_dir))
-        for document in corpus.held_out():
-            tokens = [tokenizer.bos, *tokenizer.encode(document.text)]
-            starts = range(0, len(tokens) - length + 1, length)
-            found += [tokens[start : start + length] for start in starts]
+def held_out(folder: Path) -> list[str]:
+    """The documents that a run never trained on."""
+    data = run_config(folder).data
+    corpora = (open_corpus(source, data.held_out, Path(data.cache_dir)) for source in data.sources)
+    return [document.text for corpus in corpora for document in corpus.held_out()]
+
+
+def stretches(documents: Sequence[str], tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+    """`count` stretches of `length` tokens, drawn from all that the documents have.   Fails: DataError."""
+    found = []
+    for document in documents:
+        tokens = [tokenizer.bos, *tokenizer.encode(document)]
+        found += [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
     if len(found) < count:
         raise DataError(
-            f"the run's held-out part has {len(found)} stretches of {length} tokens; {count} are needed."
+            f"the held-out texts have {len(found)} stretches of {length} tokens; {count} are needed: shorten them."
         )
     return random.Random(0).sample(found, count)
-
-
-def measure(
-    model: Transformer, prompts: Sequence[list[int]], drafts: int, temperature: float, max_tokens: int
-) -> dict[str, Any]:
-    """One writing of all prompts at once with a fixed depth; times are of the steps in which all of them write."""
-    settings = EngineSettings(max_sequences=len(prompts), drafts=drafts, adapt=False)
-    return timed(Engine(model, settings), prompts, temperature, max_tokens)
 
 
 def timed(
     engine: Engine, prompts: Sequence[list[int]], temperature: float, max_tokens: int
 ) -> dict[str, Any]:
-    """As `measure`, by an engine that is idle; one that has written such texts before has all its graphs recorded."""
+    """One writing of all prompts at once with a fixed depth; times are of the steps in which all of them write.
+
+    The engine must be idle; one that has written such texts before has all its graphs recorded.
+    """
     sequences = [engine.add(p, Sampling(max_tokens, temperature, seed=i))[0] for i, p in enumerate(prompts)]
     while not all(sequence.made > 1 for sequence in sequences):
         engine.step()
@@ -64,6 +64,7 @@ def timed(
     while not any(sequence.finish for sequence in sequences):
         engine.step()
     took, seen = time.perf_counter() - began, engine.statistics
+    engine.statistics = Statistics()  # what the others still write is not of these steps
     while not engine.idle:
         engine.step()
     return {
@@ -75,6 +76,10 @@ def timed(
         "draft_s": seen.draft_s / seen.steps,
         "length": seen.tokens / seen.verified,
         "acceptance": seen.acceptance,
+        "reached": seen.reached,
+        "kept": seen.kept,
+        "tokens": seen.tokens,
+        "seconds": took,
         "repeated": repeated([sequence.tokens[sequence.prompt_length :] for sequence in sequences]),
     }
 
@@ -87,37 +92,51 @@ def repeated(texts: Sequence[Sequence[int]]) -> float:
 
 
 @torch.no_grad()
-def teacher_forced(model: Transformer, texts: Sequence[Sequence[int]]) -> list[float]:
-    """For each module the share of positions of the given texts where its likeliest token is the model's own."""
-    device = model.head.device
-    agreed, total = [0] * len(model.mtp), [0] * len(model.mtp)
+def teacher_forced(model: Transformer, texts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+    """For each module, over all positions of the given texts (every token given, none written):
+
+    `agreed`, the share where its likeliest token is the model's own, which is its acceptance at temperature 0;
+    `overlap`, the mean of Σ min(p, q), its acceptance at temperature 1; `loss` and `model_loss` in nats.
+    """
+    sums = [dict.fromkeys(("agreed", "overlap", "loss", "model_loss", "positions"), 0.0) for _ in model.mtp]
     for text in texts:
-        tokens = torch.tensor([list(text)], device=device)
-        own = model.logits(tokens)[0].argmax(-1)
-        for depth, logits in enumerate(model.draft_logits(tokens), start=1):
-            same = logits[0].argmax(-1) == own[depth:]
-            agreed[depth - 1] += int(same.sum())
-            total[depth - 1] += len(same)
-    return [a / t for a, t in zip(agreed, total, strict=True)]
+        tokens = torch.tensor([list(text)], device=model.head.device)
+        own = model.logits(tokens)[0].float().log_softmax(-1)
+        for depth, (logits, into) in enumerate(zip(model.draft_logits(tokens), sums, strict=True), start=1):
+            p, q = own[depth:-1], logits[0, :-1].float().log_softmax(-1)
+            targets = tokens[0, depth + 1 :, None]
+            into["agreed"] += (p.argmax(-1) == q.argmax(-1)).sum().item()
+            into["overlap"] += torch.minimum(p.exp(), q.exp()).sum().item()
+            into["loss"] -= q.gather(-1, targets).sum().item()
+            into["model_loss"] -= p.gather(-1, targets).sum().item()
+            into["positions"] += len(targets)
+    return [{k: v / each["positions"] for k, v in each.items() if k != "positions"} for each in sums]
 
 
 def rounds(
     model: Transformer,
     texts: Sequence[list[int]],
-    batches: Sequence[int],
+    batch: int,
     depths: Sequence[int],
     temperature: float,
     max_tokens: int,
     repeats: int,
+    graphs: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """`repeats` rounds of every batch and depth, each round on other prompts, its depths in another order."""
-    prompt_length = len(texts[0]) // 2
-    for turn in range(repeats):
-        for batch in batches:
-            start = turn * batch % (len(texts) - batch + 1)
-            prompts = [text[:prompt_length] for text in texts[start : start + batch]]
-            for drafts in random.Random(turn).sample(list(depths), len(depths)):
-                yield {"round": turn, **measure(model, prompts, drafts, temperature, max_tokens)}
+    """`repeats` rounds of every depth, each round on other prompts (halves of the texts), its depths in another order.
+
+    Each depth has an engine of its own, which has written once before the first round.
+    """
+    length = len(texts[0]) // 2
+    sizes = EngineSettings(batch, max(512, batch * length), adapt=False, graphs=graphs)
+    engines = {depth: Engine(model, replace(sizes, drafts=depth)) for depth in depths}
+    for turn in range(-1, repeats):
+        start = (turn + 1) * batch % (len(texts) - batch + 1)
+        prompts = [text[:length] for text in texts[start : start + batch]]
+        for drafts in random.Random(turn).sample(list(depths), len(depths)):
+            row = timed(engines[drafts], prompts, temperature, max_tokens)
+            if turn >= 0:
+                yield {"round": turn, "temperature": temperature, "graphs": graphs, **row}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,7 +159,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     k: statistics.median(row[k] for row in mine)
                     for k in ("tokens_per_s", "length", "repeated")
                 },
-                "acceptance": [statistics.median(each) for each in zip(*(row["acceptance"] for row in mine))],
+                "acceptance": [
+                    sum(kept) / max(sum(reached), 1)
+                    for kept, reached in zip(*(zip(*(row[k] for row in mine)) for k in ("kept", "reached")))
+                ],
                 "speed_up": statistics.median(speed_ups),
                 "speed_up_range": (min(speed_ups), max(speed_ups)),
                 "predicted": statistics.median(predictions),

@@ -6,14 +6,16 @@ lm-eval finds models by a registry that is filled when their module is imported;
     import counterflow.evaluate.harness
     lm_eval.simple_evaluate(model="counterflow", model_args="run=runs/tiny", tasks=[...])
 
-The prompt rule is lm-eval's for causal models: a context's trailing spaces belong to the continuation, and an empty
-context is the beginning token.
+lm-eval fills its registry with its own models when it is asked for one and the registry is empty; it is filled here
+first, or ours would hide them. The prompt rule is lm-eval's for causal models: a context's trailing spaces belong to
+the continuation, and an empty context is the beginning token.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # pyright: ignore[reportMissingImports]
 import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
@@ -48,12 +50,16 @@ class CounterflowLM(LM):
     def _continue(self, context: str, continuation: str) -> tuple[float, bool]:
         bare = context.rstrip()
         given = [self.vocabulary.bos, *self.vocabulary.encode(bare)]
-        # Encoded together, so that a token may begin at the space between them.
-        whole = [self.vocabulary.bos, *self.vocabulary.encode(bare + context[len(bare) :] + continuation)]
+        # Encoded together, so that a token may begin at the space between them. Where one goes across the seam, lm-eval
+        # keeps the context's own tokens before what is left of the whole text's, and so is it here.
+        whole = [self.vocabulary.bos, *self.vocabulary.encode(context + continuation)]
         wanted = len(whole) - len(given)
         if wanted < 1:
             return 0.0, True
-        ids = torch.tensor(whole[-self.model.config.max_positions - 1 :], device=self.model.head.device)
+        ids = torch.tensor(
+            [*given, *whole[len(given) :]][-self.model.config.max_positions - 1 :],
+            device=self.model.head.device,
+        )
         ((log_p, targets),) = predictions(self.model, ids)
         log_p, targets = log_p[-wanted:], targets[-wanted:]
         greedy = bool((log_p.argmax(-1) == targets).all())

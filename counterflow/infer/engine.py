@@ -159,11 +159,11 @@ class Engine:
         if sequence.made == 0 and sequence.sampling.prompt_logprobs:
             begun = self._prompts.setdefault(sequence.number, [])
             begun[sequence.cached - work.rows :] = made.prompt_logprobs
-        stream, text, count = self._texts[sequence.number], "", 0
+        stream, text, count, ended = self._texts[sequence.number], "", 0, 0
         finish = None if sequence.sampling.max_tokens or sequence.cached < len(sequence.tokens) else "length"
         for token in made.tokens:
             if token in sequence.sampling.stop_tokens:
-                finish = "stop"
+                finish, ended = "stop", 1
                 break
             sequence.tokens.append(token)
             count += 1
@@ -171,7 +171,7 @@ class Engine:
             finish = self._finish(sequence, stream)
             if finish:
                 break
-        delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[:count]))
+        delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[: count + ended]))
         self.statistics.tokens += count
         self.blocks.publish(sequence.tokens, sequence.blocks, sequence.published, sequence.final)
         if made.tokens or finish:

@@ -137,6 +137,7 @@ class Delta:
     text: str = ""
     """Empty without a tokenizer; held back while it may be the beginning of a stop string or half a character."""
     logprobs: tuple[TokenLogprob, ...] = ()
+    """Of its tokens, and behind them of the stop token if one ended the text."""
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     """Of the prompt's tokens, all at once with the first delta; None for the very first."""
     finish: str | None = None

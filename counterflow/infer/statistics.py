@@ -47,8 +47,8 @@ class Statistics:
 
     @property
     def acceptance(self) -> list[float]:
-        """Share of drafts kept at each position, of those that were reached."""
-        return [kept / reached for kept, reached in zip(self.kept, self.reached, strict=True)]
+        """Share of drafts kept at each position, of those that were reached; 0 at a position that none reached."""
+        return [kept / max(reached, 1) for kept, reached in zip(self.kept, self.reached, strict=True)]
 
     @property
     def accepted_length(self) -> float | None:

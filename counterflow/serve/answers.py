@@ -71,7 +71,11 @@ class Form:
 
 
 class CompletionForm(Form):
-    """`text_completion`."""
+    """`text_completion`.
+
+    Where the end token ended the text, its log-probability is the last of the lists, as vLLM's is: lm-eval asks for one
+    token after a text and takes the last entry off unseen.
+    """
 
     kind, chunk, prefix = "text_completion", "text_completion", "cmpl"
 
@@ -110,13 +114,13 @@ class ChatForm(Form):
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The choice of an answer in one piece."""
         message = {"role": "assistant", "content": choice.text, "refusal": None}
-        named = self.logprobs(choice.named) if self.wants_logprobs else None
+        named = self.logprobs(choice.named[: choice.tokens]) if self.wants_logprobs else None
         return {"index": choice.index, "message": message, "logprobs": named, "finish_reason": choice.finish}
 
     def piece(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """The choice of a chunk that adds `delta` to what was sent of `choice`; the first names the role."""
         said = {"content": delta.text} | ({} if choice.begun else {"role": "assistant"})
-        named = self.logprobs(delta.logprobs) if self.wants_logprobs else None
+        named = self.logprobs(delta.logprobs[: len(delta.tokens)]) if self.wants_logprobs else None
         return {"index": choice.index, "delta": said, "logprobs": named, "finish_reason": delta.finish}
 
     def logprobs(self, named: Sequence[TokenLogprob | None]) -> dict[str, Any]:

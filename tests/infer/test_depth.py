@@ -61,3 +61,9 @@ def test_statistics_by_position():
         statistics.count(drafted, kept)
     assert (statistics.reached, statistics.kept) == ([4, 2, 1], [3, 1, 1])
     assert statistics.acceptance == [0.75, 0.5, 1.0] and statistics.accepted_length == 9 / 4
+
+
+def test_a_position_that_no_draft_reached_has_no_acceptance():
+    statistics = Statistics()
+    statistics.count(2, 0)
+    assert statistics.acceptance == [0.0, 0.0] and statistics.accepted_length == 1.0

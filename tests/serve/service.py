@@ -75,7 +75,9 @@ def running(tokenizer: Tokenizer, max_queue: int = 1024, sequences: int = 8, **s
         while not web.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.02)
-        yield Running(service, socket.getsockname()[1])
-        web.should_exit = True
-        thread.join(timeout=60)
+        try:
+            yield Running(service, socket.getsockname()[1])
+        finally:  # or a failing test would wait for its server for ever
+            web.should_exit = True
+            thread.join(timeout=60)
     assert not thread.is_alive(), "the server did not stop"

@@ -109,6 +109,24 @@ def test_echo_and_logprobs_score_a_prompt_as_the_engine_does(toy, tokenizer):
     assert scored["text"] == PROMPT and len(scored["logprobs"]["tokens"]) == len(ids)
 
 
+def test_the_end_token_is_among_the_logprobs_of_a_text_that_it_ends(toy, tokenizer):
+    """Clients such as lm-eval ask for one token behind a text and cut the last entry off."""
+    asked = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    prompts = [[token, 5] for token in range(185, 300, 3)]  # after some of these the model ends at once
+    choices = toy.complete(prompt=prompts, **asked)["choices"]
+    ended = next(choice for choice in choices if choice["finish_reason"] == "stop")
+    said, prompt = ended["logprobs"], prompts[ended["index"]]
+    assert ended["text"] == tokenizer.decode(prompt)
+    assert [len(each) for each in said.values()] == [len(prompt) + 1] * 4
+    assert said["tokens"][-1] == tokenizer.bpe.id_to_token(tokenizer.eos)
+    assert said["token_logprobs"][-1] == max(said["top_logprobs"][-1].values())
+    chat = {"messages": [{"role": "user", "content": "hello"}], "logprobs": True, "temperature": 0}
+    status, body = toy.ask("/v1/chat/completions", {"model": "toy", "max_tokens": 40, **chat})
+    choice = json.loads(body)["choices"][0]
+    read = len(choice["logprobs"]["content"])
+    assert status == 200 and read == json.loads(body)["usage"]["completion_tokens"]
+
+
 def test_stops_end_a_text(toy, tokenizer):
     whole = toy.complete(prompt=PROMPT, max_tokens=20, temperature=0)["choices"][0]["text"]
     stop = whole[6:9]
