@@ -44,6 +44,8 @@ class HumanEval:
     ranks: int = 0
     """Processes that share each layer's experts and write the texts in turn; 0: as many as torchrun or Slurm has
     started, else one."""
+    dispatch: str = "collective"
+    """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
     workers: int = 0
     """Programs run at a time; 0: one for each core."""
     time_s: float = 3.0
@@ -74,7 +76,9 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
         sampling = Sampling(wish.max_tokens, wish.temperature, wish.top_p, wish.seed, bench.STOPS)
         settings |= {"precision": wish.precision, "averaged": wish.averaged, "batch": BATCH}
         settings |= {"prompt": wish.prompt, "sampling": asdict(sampling)}
-        texts = bench.written(model, tokenizer, given, sampling, wish.samples, wish.prompt, mesh)
+        texts = bench.written(
+            model, tokenizer, given, sampling, wish.samples, wish.prompt, mesh, wish.dispatch
+        )
         if not mesh.first:
             list(texts)
             return
@@ -150,6 +154,8 @@ class Perplexity:
     ranks: int = 0
     """Processes that share each layer's experts, for a model that is too large for one; each reads all texts.
     0: as many as torchrun or Slurm has started, else one."""
+    dispatch: str = "collective"
+    """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
     json: str = ""
     """Where the numbers are written too."""
 
@@ -164,7 +170,7 @@ def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
     if not wish.texts:
         raise ConfigError("no texts are named; give files, folders or globs, or python-stdlib.")
     model, tokenizer, _ = _model(wish.run, wish.averaged, wish.precision, mesh)
-    share_experts(model, mesh, model.config.max_positions)
+    share_experts(model, mesh, model.config.max_positions, wish.dispatch)
     rows, found = {}, []
     for path in wish.texts:
         one = measure(model, tokenizer, Source(path, field=wish.field), wish.max_bytes)

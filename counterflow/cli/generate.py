@@ -49,6 +49,8 @@ class Generate:
     ranks: int = 0
     """Processes that share each layer's experts between them, for a model that is too large for one; 0: as many as
     torchrun or Slurm has started, else one."""
+    dispatch: str = "collective"
+    """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -77,7 +79,9 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
     device = wish.device if mesh.size == 1 else mesh.device.type
     model = placed(model, device, wish.precision, settings)
-    engine = Engine(model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows))
+    engine = Engine(
+        model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows, wish.dispatch)
+    )
 
     def ask() -> None:
         sampling = Sampling(

@@ -37,10 +37,12 @@ def deep_ep(peers: Peers, terms: Terms) -> Dispatcher:
             raise RuntimeError("it joins processes, and these ranks are threads or one alone")
         return DeepEp(library.Buffer, group, peers.whole.index, terms)
     except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"parallel.dispatch is deep_ep, and DeepEP cannot be used here ({str(error).splitlines()[0]}); install its "
-            "V1 (which needs NVSHMEM) or set parallel.dispatch to nvlink, which needs torch and Triton alone."
-        ) from error
+        reason = ConfigError(
+            f"dispatch is deep_ep, and DeepEP cannot be used here ({str(error).splitlines()[0]}); install its V1 "
+            "(which needs NVSHMEM) or set dispatch to nvlink, which needs torch and Triton alone."
+        )
+        reason.shared = True
+        raise reason from error
 
 
 class DeepEp:

@@ -77,10 +77,12 @@ class GroupExchange:
     def arena(self, size: int, device: torch.device) -> Arena:
         """GPUs' memory, on one host."""
         if self.group is not None and device.type != "cuda":
-            raise ConfigError(
-                "parallel.dispatch is nvlink and the device is a CPU; processes share memory on GPUs alone: set "
-                "parallel.dispatch to collective or two_hop."
+            error = ConfigError(
+                "dispatch is nvlink or copy_engine and the device is a CPU; processes share memory on GPUs alone: set "
+                "dispatch to collective or two_hop."
             )
+            error.shared = True
+            raise error
         return symmetric_arena(size, device, self.group, self.index)
 
 

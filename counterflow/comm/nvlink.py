@@ -60,6 +60,8 @@ class Nvlink:
         self.ranks, self.index = peers.whole.size, peers.whole.index
         self.each = terms.experts // self.ranks
         self.moved = Traffic()
+        self.repeats = 1
+        """Times that every transfer's rows travel; a benchmark makes a link slower by more."""
         self._opened: tuple[Wire, Lane] | None = None
 
     def dispatch(self, x: Float[Tensor, "T D"], route: Route) -> Pending[Pushed]:
@@ -138,6 +140,19 @@ class Nvlink:
 
         return Pending(finish)
 
+    def transport(self, x: Float[Tensor, "T D"], arrived: Arrived) -> Pending[None]:
+        """Only the way out: rows of `x` to where they are read, and not read there. For benchmarks."""
+        wire, lane, way = self._wire(), self._open(x, 0)[1], _way(arrived)
+        with lane.issue():
+            self._send(Region.COMBINE_BACKWARD, self._packed(x), way)
+            sent = lane.mark()
+        return Pending(lambda: self._pass_over(wire, Region.COMBINE_BACKWARD, sent))
+
+    def transport_home(self, y: Float[Tensor, "A D"], arrived: Arrived) -> Pending[None]:
+        """Only the way home, the same."""
+        wire, sent = self._wire(), self._home(Region.COMBINE, y.contiguous(), _way(arrived))
+        return Pending(lambda: self._pass_over(wire, Region.COMBINE, sent))
+
     def traffic(self) -> list[Traffic]:
         """What moved since this was last asked."""
         if self._opened:
@@ -189,7 +204,19 @@ class Nvlink:
         """Out to the ranks of the experts."""
         wire, ids, gates = self._wire(), route and route.ids, route and route.gates
         if not self.copy:
-            wire.push(region, rows, way.tokens, way.matrix, self._programs(), False, ids, gates, self.each)
+            for again in reversed(range(self.repeats)):
+                wire.push(
+                    region,
+                    rows,
+                    way.tokens,
+                    way.matrix,
+                    self._programs(),
+                    False,
+                    ids,
+                    gates,
+                    self.each,
+                    not again,
+                )
             return
         parts = [rows[:0]] * self.ranks
         for rank, count in enumerate(way.counts[self.index]):
@@ -198,7 +225,7 @@ class Nvlink:
         if route is not None:  # ids and gates, a hundredth of the bytes, go by kernel
             nothing = rows.new_empty(len(rows), 0)
             wire.push(region, nothing, way.tokens, way.matrix, 1, False, ids, gates, self.each, signal=False)
-        wire.copy(region, parts, [self._place(way, rank) for rank in range(self.ranks)])
+        wire.copy(region, parts, [self._place(way, rank) for rank in range(self.ranks)], self.repeats)
 
     def _home(self, region: Region, rows: Tensor, way: Way, gates: Tensor | None = None) -> Mark:
         """Back to the ranks of the tokens."""
@@ -206,14 +233,25 @@ class Nvlink:
         column = [row[self.index] for row in way.counts]
         with lane.issue():
             if not self.copy:
-                wire.push(region, rows, way.tokens, way.matrix, self._programs(), True, gates=gates)
+                for again in reversed(range(self.repeats)):
+                    wire.push(
+                        region,
+                        rows,
+                        way.tokens,
+                        way.matrix,
+                        self._programs(),
+                        True,
+                        gates=gates,
+                        signal=not again,
+                    )
             else:
                 if gates is not None:
                     nothing = rows.new_empty(len(rows), 0)
                     wire.push(region, nothing, way.tokens, way.matrix, 1, True, gates=gates, signal=False)
                 parts = list(rows.split(column))
                 parts[self.index] = rows[:0]
-                wire.copy(region, parts, [self._place_home(way, rank) for rank in range(self.ranks)])
+                places = [self._place_home(way, rank) for rank in range(self.ranks)]
+                wire.copy(region, parts, places, self.repeats)
             sent = lane.mark()
         self._count(_away(column, self.index), rows, 4 * gates.shape[1] if gates is not None else 0)
         return sent
@@ -236,19 +274,27 @@ class Nvlink:
         wait(sent)
         self.moved.waits.append((start, mark(self._wire().bases.device)))
 
+    def _pass_over(self, wire: Wire, region: Region, sent: Mark) -> None:
+        self._arrive(region, sent)
+        wire.give_room(region)
+
     def _between(self, region: Region, x: Tensor, way: Way) -> Tensor:
         """The rows that arrived, out of the arena: by source, those of this rank from `x`."""
         wire, column = self._wire(), [row[self.index] for row in way.counts]
-        before, after = sum(column[: self.index]), sum(column[self.index + 1 :])
-        if self.terms.fp8:
-            width = self._packed(x[:0]).shape[1]
-            came = dequantise(wire.rows_of(region, width, torch.uint8, before + after), x.shape[1], x.dtype)
-        else:
-            came = wire.rows_of(region, x.shape[1], x.dtype, before + after)
-        here = x.index_select(0, way.tokens[self.index, : column[self.index]])
-        if self.terms.fp8:
-            here = dequantise(quantise(here), x.shape[1], x.dtype)
-        return torch.cat([came[:before], here, came[before:]])
+        before, here, after = sum(column[: self.index]), column[self.index], sum(column[self.index + 1 :])
+        out = x.new_empty(before + here + after, x.shape[1])
+        first, own, last = out.split([before, here, after])
+        tokens = way.tokens[self.index, :here]
+        if not self.terms.fp8:
+            box = wire.rows_of(region, x.shape[1], x.dtype, before + after)
+            first.copy_(box[:before])
+            last.copy_(box[before:])
+            torch.index_select(x, 0, tokens, out=own)
+            return out
+        box = wire.rows_of(region, self._packed(x[:0]).shape[1], torch.uint8, before + after)
+        for packed, rows in ((box[:before], first), (quantise(x[tokens]), own), (box[before:], last)):
+            dequantise(packed, x.shape[1], x.dtype, rows)
+        return out
 
     def _route_of(self, way: Way, route: Route) -> tuple[Tensor, Tensor]:
         """Local ids and gates of the rows that arrived."""

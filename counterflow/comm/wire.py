@@ -113,11 +113,12 @@ class Wire:
             ranks=self.ranks, patience=self.patience, num_warps=WARPS,
         )  # fmt: skip
 
-    def copy(self, region: Region, parts: list[Tensor], places: list[int]) -> None:
+    def copy(self, region: Region, parts: list[Tensor], places: list[int], repeats: int = 1) -> None:
         """Rows to each rank's region, from a place on, by the copy engine; an empty part sends nothing."""
         self._host_waits(region, FREE, self.turns[region, PUSHED])
         self._signals(self.kernels.await_room, region, PUSHED, waits=True)
-        for rank, (part, place) in enumerate(zip(parts, places)):
+        for rank, (part, place) in enumerate([*zip(parts, places)] * repeats):
+            rank %= self.ranks
             if len(part):
                 at = self.at_rows[region] + place * part.shape[1] * part.element_size()
                 there = self.arena.view(rank, at, len(part), part.shape[1], part.dtype)

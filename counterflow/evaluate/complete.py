@@ -39,6 +39,7 @@ def complete(
     prompts: Sequence[str],
     sampling: Sampling,
     mesh: Mesh | None = None,
+    dispatch: str = "collective",
 ) -> Iterator[str]:
     """What follows each prompt, in their order, written side by side; the prompt begins a document.
 
@@ -46,7 +47,7 @@ def complete(
     the experts write the prompts in turn and each is given all texts, at the end.
     """
     mesh, settings = mesh or Mesh(), EngineSettings()
-    ranks = share_experts(model, mesh, settings.max_rows)
+    ranks = share_experts(model, mesh, settings.max_rows, dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
     end, positions = frozenset([tokenizer.eos]), model.config.max_positions
     own = range(mesh.rank, len(prompts), mesh.size)

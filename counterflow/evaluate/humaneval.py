@@ -94,6 +94,7 @@ def written(
     samples: int,
     rule: str,
     mesh: Mesh | None = None,
+    dispatch: str = "collective",
 ) -> Iterator[tuple[str, str]]:
     """(task, completion), `samples` of each problem, written by a model, or by all ranks of `mesh` with its parts."""
     if rule not in PROMPTS:
@@ -105,7 +106,7 @@ def written(
         )
     tasks = [task for task in given for _ in range(samples)]
     prompts = [PROMPTS[rule](given[task]["prompt"]) for task in tasks]
-    texts = watched(complete(model, tokenizer, prompts, sampling, mesh), "writing", len(tasks))
+    texts = watched(complete(model, tokenizer, prompts, sampling, mesh, dispatch), "writing", len(tasks))
     for task, text in zip(tasks, texts):
         # What stripping took from the prompt is the model's to write again.
         missing = given[task]["prompt"][len(PROMPTS[rule](given[task]["prompt"])) :]

@@ -11,7 +11,11 @@ from counterflow.comm.dispatch import Terms
 from counterflow.comm.exchange import Exchange
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
+from counterflow.errors import ConfigError, nearest
 from counterflow.model.transformer import Transformer
+
+BACKENDS = [name for name in DISPATCHERS if name not in ("local", "two_hop")]
+"""Between ranks that write together; nodes are known to training only."""
 
 
 class Ranks:
@@ -36,7 +40,10 @@ def share_experts(model: Transformer, mesh: Mesh, rows: int, dispatch: str = "co
     """The ranks of `mesh`, which all share the experts; `model`, which holds this rank's, is told how to reach them.
 
     `rows` is the most that one of them runs over in a pass. A collective.
+    Fails: ConfigError on an unknown backend, or one that cannot be used here.
     """
+    if dispatch not in BACKENDS:
+        raise ConfigError(f"dispatch is '{dispatch}'; {nearest(dispatch, BACKENDS)}")
     if mesh.expert == 1:
         return Ranks()
     peers = process_peers(mesh)

@@ -1,4 +1,5 @@
-"""RMSNorm with a backward of its own: PyTorch's is many passes on a CPU (records/2026-11-23-cpu-kernels)."""
+"""RMSNorm. On a GPU PyTorch's own, fused both ways; on a CPU, where its backward is many passes, with a backward of our
+own (records/2026-11-23-cpu-kernels)."""
 
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 def rms_norm(x: Float[Tensor, "*T D"], gain: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*T D"]:
     """x over its root mean square in the last dim, times the gain; statistics in fp32 or wider."""
+    if x.is_cuda and x.dtype == gain.dtype != torch.float64:
+        return F.rms_norm(x, gain.shape, gain, eps)
     return _RmsNorm.apply(x, gain, eps)  # pyright: ignore[reportReturnType]
 
 

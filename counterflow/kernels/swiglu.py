@@ -13,6 +13,10 @@ from torch import Tensor
 
 def swiglu(gate_up: Float[Tensor, "P F2"], gates: Float[Tensor, "P"] | None) -> Float[Tensor, "P F"]:
     """silu(first half) × second half × gate of the row, F = F2 / 2."""
+    if gate_up.is_cuda and gate_up.dtype != torch.float64:
+        from counterflow.kernels import swiglu_triton  # a CPU build of PyTorch comes without Triton
+
+        return swiglu_triton.swiglu(gate_up, gates)
     left, right = gate_up.chunk(2, dim=-1)
     out = F.silu(left).mul_(right)
     return out if gates is None else out.mul_(gates.to(out.dtype)[:, None])
@@ -22,6 +26,10 @@ def swiglu_backward(
     dout: Float[Tensor, "P F"], gate_up: Float[Tensor, "P F2"], gates: Float[Tensor, "P"] | None
 ) -> tuple[Float[Tensor, "P F2"], Float[Tensor, "P"] | None, Float[Tensor, "P F"]]:
     """Gradients of the input and of the gates, and the forward's output (the weight gradient's operand)."""
+    if gate_up.is_cuda and gate_up.dtype != torch.float64:
+        from counterflow.kernels import swiglu_triton
+
+        return swiglu_triton.swiglu_backward(dout, gate_up, gates)
     left, right = gate_up.chunk(2, dim=-1)
     silu = F.silu(left)
     out = silu * right

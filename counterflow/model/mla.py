@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from counterflow.config.model import ModelConfig
 from counterflow.kernels.attention import attention
 from counterflow.kernels.norm import rms_norm
+from counterflow.kernels.rotate import rotate
 from counterflow.model.debts import Ledger
 from counterflow.model.linear import Linear
-from counterflow.model.rope import rotate, softmax_scale
+from counterflow.model.rope import softmax_scale
 
 
 class Norm(nn.Module):
@@ -73,8 +74,7 @@ class Attention(nn.Module):
         """Content and rotary query of every head. [Eq. 6-7, Eq. 9]"""
         latent = self.q_norm(self.q_down(u, ledger)) if self.config.q_lora_rank else u
         q = self.q_up(latent, ledger).view(sequences, -1, self.config.num_heads, self.config.qk_head_dim)
-        content, rotary = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        return torch.cat([content, rotate(rotary, rope)], dim=-1)
+        return rotate(q, rope, keep=self.config.qk_nope_head_dim)
 
     def keys_values(
         self, u: Float[Tensor, "T D"], sequences: int, rope: Complex[Tensor, "S R2"], ledger: Ledger | None

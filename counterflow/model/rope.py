@@ -53,10 +53,3 @@ def softmax_scale(config: ModelConfig) -> float:
     if config.yarn is not None and config.yarn.mscale_all_dim:
         scale *= yarn_mscale(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
     return scale
-
-
-def rotate(x: Float[Tensor, "*B S N R"], table: Complex[Tensor, "S R2"]) -> Float[Tensor, "*B S N R"]:
-    """Every adjacent pair of x turned by its position's angle. [Eq. 3, Eq. 8]"""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table[:, None]).flatten(-2).to(x.dtype)

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 from counterflow.config.model import ModelConfig
 from counterflow.plan import count
+from counterflow.plan.eager import eager
 from counterflow.plan.hardware import Hardware
 from counterflow.plan.job import Job, Layout
 from counterflow.plan.routing import UNIFORM, Routing
@@ -61,7 +62,13 @@ class Costs:
     @cached_property
     def load(self) -> Workload:
         """The work of its ops."""
-        return Workload(self.job, self.layout, self.routing)
+        return Workload(self.job, self.layout, self.routing, self.hardware.card.multiprocessors > 0)
+
+    def work(self, kind: Kind, part: Part, layer: int) -> Work:
+        """What an op does, with the passes and kernels of the job's own kind."""
+        work = self.load(kind, part, layer)
+        moe = part in (Part.ATTN, Part.MLP) and self.job.model.is_moe(layer)
+        return eager(self.load, kind, part, moe, work) if self.job.is_eager else work
 
     def seconds(self, kind: Kind, part: Part, layer: int, beside: bool) -> float:
         """Of an op; `beside` says that a transfer of another chunk runs with it."""
@@ -74,11 +81,10 @@ class Costs:
         hardware, card = self.hardware, self.hardware.card
         bandwidth = card.memory_bytes_per_s * hardware.efficiencies.memory
         wide = "fp32" if self.job.precision == "fp32" else "bf16"
-        products = (
-            work.products / (hardware.flops_per_s(self.job.bytes_of.product) * share)
-            if work.products
-            else 0.0
-        )
+        products = 0.0
+        if work.products or work.grouped:
+            flops = work.products + work.grouped / hardware.efficiencies.grouped_product
+            products = flops / (hardware.flops_per_s(self.job.bytes_of.product) * share)
         core = (
             hardware.flops_per_s("fp32")
             if wide == "fp32"
@@ -148,7 +154,7 @@ def _nvlink(hardware: Hardware) -> float:
 def _seconds(costs: Costs, kind: Kind, part: Part, moe: bool, beside: bool) -> float:
     layer = costs.job.model.num_layers - 1 if moe else 0
     share = costs.hardware.compute_share if beside and costs.layout.expert > 1 else 1.0
-    time = costs.computed(costs.load(kind, part, layer), share)
+    time = costs.computed(costs.work(kind, part, layer), share)
     exchanged = part is Part.ATTN and kind is not Kind.W and costs.layout.tensor > 1
     return time + (costs.tensor_s() if exchanged else 0.0)
 
@@ -217,7 +223,7 @@ def update(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...]) -> Update:
     ]
     dense, sparse = max(every, key=sum)
     owners, expert_owners = holders(layout, schedule)
-    bandwidth = hardware.card.memory_bytes_per_s * hardware.efficiencies.memory
+    bandwidth = hardware.card.memory_bytes_per_s * hardware.efficiencies.update
     owned = dense / owners + sparse / expert_owners
     adam = (
         owned * (ADAM_PASSES + 4 * bytes_.moment) + (dense + sparse) * 2 * bytes_.gradient
@@ -293,15 +299,11 @@ def paired(schedule: Schedule) -> frozenset[Chunk]:
     return frozenset(chunk for row in schedule.rows for cell in row if len(cell) > 1 for chunk in cell)
 
 
-def predict(
-    costs: Costs, microbatches: int | None = None, placement: str = "", send_s: float | None = None
-) -> Step:
-    """The step, simulated op by op.   `microbatches`: its own unless given.   Fails: ConfigError, ScheduleError."""
-    schedule = costs.layout.rule(
-        costs.layout.microbatches(costs.job) if microbatches is None else microbatches
-    )
+def predict(costs: Costs, placement: str = "", schedule: Schedule | None = None) -> Step:
+    """The step, simulated op by op.   `schedule`: the layout's own, or this.   Fails: ConfigError, ScheduleError."""
+    schedule = schedule or costs.layout.rule(costs.layout.microbatches(costs.job))
     plans = stage_plans(costs.job.model, schedule.stages, placement)
-    spans = simulated(costs, schedule, plans, costs.send_s if send_s is None else send_s)
+    spans = simulated(costs, schedule, plans, costs.send_s)
     return Step(costs, schedule, plans, spans, makespan(spans), update(costs, schedule, plans))
 
 

@@ -66,10 +66,20 @@ class Job:
     tokens: float
     """Of the whole run."""
     precision: str = "bf16"
+    kernels: str = "eager"
+    """What runs between products: `eager`, this system's own ops, or `fused`, other systems'. FP8 is the report's alone
+    and always fused."""
+    averaged: bool = False
+    """Whether an average of the weights is kept, in the host's memory (`train.ema_decay`)."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"--precision is '{self.precision}'; {nearest(self.precision, PRECISIONS)}")
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether its passes are those of this system's own ops."""
+        return self.kernels == "eager" and self.precision != "fp8"
 
     @property
     def bytes_of(self) -> Precision:
@@ -124,7 +134,9 @@ def job_of(run: RunConfig, precision: str = "") -> Job:
     """What a run's settings ask for; `auto` precision is bf16, as it is on every GPU here."""
     named = precision or run.train.precision
     named = "bf16" if named == "auto" else named
-    return Job(run.model, run.data.sequence_length, run.train.batch_size, run.train.tokens, named)
+    averaged = run.train.ema_decay > 0
+    size, length = run.train.batch_size, run.data.sequence_length
+    return Job(run.model, length, size, run.train.tokens, named, averaged=averaged)
 
 
 def require(job: Job, layout: Layout) -> None:

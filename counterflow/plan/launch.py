@@ -6,7 +6,9 @@ would not be what runs.
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
+from math import gcd
+from typing import Any
 
 from counterflow.config import run as settings
 from counterflow.config.load import run_of, to_toml
@@ -18,11 +20,13 @@ from counterflow.plan.layout import allowed_microbatches, require_layout
 
 TRAINED_AS = {"projections": "attention"}
 """Recomputation that training has under another name, or a little more of."""
+ON_ONE_HOST = ("nvlink", "copy_engine")
+"""Dispatch backends without a network."""
 
 
 def files(run: RunConfig, layout: Layout, precision: str, hardware: Hardware) -> Mapping[str, str]:
     """File names and their texts.   Fails: ConfigError where training cannot run the layout."""
-    ready = configured(run, layout, precision)
+    ready = configured(run, layout, precision, hardware)
     text = to_toml(ready)
     require_layout(run_of(tomllib.loads(text)))
     note = f"# {layout}: written by counterflow plan.\n"
@@ -58,29 +62,43 @@ exec srun counterflow train run.toml "$@"
 """
 
 
-def configured(run: RunConfig, layout: Layout, precision: str) -> RunConfig:
+def configured(run: RunConfig, layout: Layout, precision: str, hardware: Hardware) -> RunConfig:
     """The run in a layout.   Fails: ConfigError."""
     if precision not in settings.PRECISIONS:
         raise ConfigError(
             f"training multiplies in {', '.join(settings.PRECISIONS[1:])}; plan with --precision bf16."
         )
-    known = {item.name for item in fields(Parallel)}
-    if layout.expert > 1 and "expert" not in known:
-        raise ConfigError(
-            f"{layout} shares experts among {layout.expert} ranks and training holds all experts of a layer on each "
-            "of its ranks; plan with --expert 1."
-        )
-    parallel = {
-        "pipeline": layout.pipeline,
-        "data": layout.data,
-        "schedule": layout.schedule,
-        "stages_per_rank": layout.stages_per_rank or 0,
-        **({"expert": layout.expert} if layout.expert > 1 else {}),
-    }
+    spread = replace(
+        run.parallel,
+        pipeline=layout.pipeline,
+        data=layout.data,
+        schedule=layout.schedule,
+        stages_per_rank=layout.stages_per_rank or 0,
+        expert=layout.expert,
+        **_dispatch(run.parallel, layout, hardware),
+    )
     recompute = TRAINED_AS.get(layout.recompute, layout.recompute)
     train = replace(run.train, micro_batch_size=layout.micro_batch, recompute=recompute, precision=precision)
-    spread = replace(run.parallel, **parallel)
     return replace(run, parallel=spread, train=replace(train, batch_start=_start(train, spread)))
+
+
+def _dispatch(parallel: Parallel, layout: Layout, hardware: Hardware) -> dict[str, Any]:
+    """The run's own backend; between nodes two hops, as the plan was priced, on as many multiprocessors."""
+    card, backend = hardware.card, parallel.dispatch
+    if layout.expert == 1:
+        return {"dispatch": "collective", "node_ranks": 0, "multiprocessors": parallel.multiprocessors}
+    taken = min(hardware.communication_multiprocessors, card.multiprocessors)
+    found = {"dispatch": backend, "node_ranks": 0, "multiprocessors": parallel.multiprocessors or taken}
+    on_node = gcd(min(layout.gpus, card.gpus_per_node), layout.expert)
+    if backend in ON_ONE_HOST and on_node < layout.expert:
+        raise ConfigError(
+            f"parallel.dispatch is {backend}, which joins the GPUs of one host, and {layout} shares experts among "
+            f"{layout.expert} ranks on nodes of {card.gpus_per_node}; set parallel.dispatch=two_hop, or plan with "
+            f"--expert {on_node}."
+        )
+    if backend == "two_hop" or (backend == "collective" and on_node < layout.expert):
+        return {**found, "dispatch": "two_hop", "node_ranks": on_node}
+    return found
 
 
 def _start(train: Train, parallel: Parallel) -> int:

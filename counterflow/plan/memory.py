@@ -14,9 +14,6 @@ from counterflow.plan.cost import Costs, held_parameters, holders
 from counterflow.plan.work import Kept, stage_kept
 from counterflow.schedule.words import Kind, Part, Plan, Schedule, StageId
 
-HEAD_BLOCK = 512 * 2**20
-"""Bytes of fp32 logits made at once on a GPU (`kernels.head`), held about twice with their gradient."""
-
 
 @dataclass(frozen=True)
 class Buffer:
@@ -36,9 +33,10 @@ BUFFERS: Mapping[str, Buffer] = {
         3, False, "one more region where rows change from the network to the node's links [§3.2.2]"
     ),
     "nvlink": Buffer(4, True, "docs/DESIGN.md, decision 5: an arena of four regions, sized for every token"),
+    "copy_engine": Buffer(4, True, "the same arena, filled by the copy engines"),
     "deep_ep": Buffer(1, False, "DeepEP V1's chunked queues, about the rows of one transfer; README hints"),
 }
-"""Dispatch backends by name."""
+"""Dispatch backends by the names of `parallel.dispatch`; local, where one rank has all experts."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class Memory:
     gradients: float
     masters: float
     moments: float
+    averages: float
+    """Of the weights (EMA), where the ranks are a CPU's; beside a GPU they are in the host's memory."""
     activations: float
     """In flight at the peak, owed weight gradients included."""
     transient: float
@@ -63,7 +63,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        states = self.weights + self.gradients + self.masters + self.moments
+        states = self.weights + self.gradients + self.masters + self.moments + self.averages
         return states + self.activations + self.transient + self.buffers + self.reserved
 
 
@@ -100,6 +100,7 @@ def _of_rank(
         gradients=(dense + sparse) * bytes_.gradient,
         masters=owned * bytes_.master,
         moments=owned * 2 * bytes_.moment,
+        averages=0.0 if costs.load.on_gpu or not job.averaged else owned * 4,
         activations=activations,
         transient=_transient(costs, parts),
         buffers=_buffers(costs, backend, Part.DISPATCH in parts),
@@ -114,11 +115,7 @@ def _transient(costs: Costs, parts: set[Part]) -> float:
     sizes = load.sizes
     attention = 2 * load.tokens * (2 * sizes.queries + 3 * sizes.values) * hidden
     pairs = load.tokens * sizes.pairs * (2 * model.hidden_size + 3 * model.moe_intermediate_size) * hidden
-    block = (
-        min(HEAD_BLOCK, 4 * load.tokens * model.vocab_size)
-        if costs.hardware.card.multiprocessors
-        else 8 * 2**20
-    )
+    block = min(load.head_block, 4 * load.tokens * model.vocab_size)
     return max(
         attention if Part.ATTN in parts else 0.0,
         pairs if Part.MLP in parts else 0.0,

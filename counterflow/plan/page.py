@@ -26,7 +26,17 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th { text-align: left; font-weight: 600 } td, th { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
 .fitted, .assumed { color: #c92a2a } .measured { color: #2b8a3e }
 """
-MEMORY = ("weights", "gradients", "masters", "moments", "activations", "transient", "buffers", "reserved")
+MEMORY = (
+    "weights",
+    "gradients",
+    "masters",
+    "moments",
+    "averages",
+    "activations",
+    "transient",
+    "buffers",
+    "reserved",
+)
 
 
 def page(answer: Answer, name: str) -> str:

@@ -263,7 +263,7 @@ class Run:
 def _other(card: str, model: str, batch: int, precision: str, layout: Layout, modules: int) -> Costs:
     config = replace(MODELS[model], num_mtp_modules=modules)
     kind: Hardware = hardware(card)
-    return Costs(Job(config, 4096, batch, 1e12, precision), layout, kind)
+    return Costs(Job(config, 4096, batch, 1e12, precision, "fused"), layout, kind)
 
 
 _MEGATRON = Layout(8, 64, 64, 1, "interleaved-1f1b", 4, "projections", tensor=2)

@@ -138,6 +138,7 @@ def memory_rows(every: Sequence[Memory]) -> list[list[str]]:
         "gradients",
         "masters",
         "moments",
+        "averages",
         "activations",
         "transient",
         "buffers",

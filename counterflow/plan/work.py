@@ -1,8 +1,9 @@
 """What one op does: products, attention, passes over memory, kernels; and what a part keeps for backward.
 
 An op is one part of one layer for one micro-batch on one rank (`schedule.words.Op`). Products are counted exactly.
-Passes are the reads and writes between them, tensor by tensor, of this system's kernels as they are, to a few tens of
-percent: norms, rotations, gathers, SwiGLU. Kept bytes follow from what each part's autograd function saves.
+Passes are the reads and writes between them that fused kernels need, to a few tens of percent: norms, rotations,
+gathers, SwiGLU; `eager` has those of this system's own ops. Kept bytes follow from what each part's autograd function
+saves.
 """
 
 from collections import Counter
@@ -22,6 +23,8 @@ class Work(NamedTuple):
 
     products: float = 0.0
     """FLOPs with weights at the precision's rate."""
+    grouped: float = 0.0
+    """FLOPs of the routed experts' grouped products, at the precision's rate."""
     wide: float = 0.0
     """FLOPs with weights that stay in bf16 or fp32: head and router [§3.3.1]."""
     attention: float = 0.0
@@ -103,6 +106,7 @@ class Workload:
     job: Job
     layout: Layout
     routing: Routing = UNIFORM
+    on_gpu: bool = True
 
     @cached_property
     def tokens(self) -> float:
@@ -113,6 +117,11 @@ class Workload:
     def sizes(self) -> Sizes:
         """Of its layers."""
         return _sizes(self.job.model, self.layout.expert, self.routing)
+
+    @property
+    def head_block(self) -> int:
+        """Bytes of fp32 logits made at once (`kernels.head`)."""
+        return 512 * 2**20 if self.on_gpu else 8 * 2**20
 
     def __call__(self, kind: Kind, part: Part, layer: int) -> Work:
         """The work of an op on one rank; `kind` is F, I or W."""
@@ -146,15 +155,16 @@ def _attn(load: Workload, kind: Kind, moe: bool) -> Work:
     product = 2 * tokens * sizes.attention
     weights, wide = sizes.attention * job.bytes_of.operand, job.bytes_of.hidden * tokens
     if kind is Kind.F:
-        return Work(product, router, core, weights, passes * wide, 25)
+        return Work(product, 0.0, router, core, weights, passes * wide, 25)
     if kind is Kind.W:
         operands = 2 * (
             2 * model.hidden_size + sizes.latents + sizes.queries + sizes.contents + 2 * sizes.values
         )
-        return Work(product, router, 0.0, sizes.attention * 8, operands * wide, 8)
+        return Work(product, 0.0, router, 0.0, sizes.attention * 8, operands * wide, 8)
     replayed = core if load.layout.recompute == "attention" else 0.0
     passes = 2 * passes + (remade if again else 0)
-    return Work(product + 2 * tokens * again, router, 2.5 * core + replayed, weights, passes * wide, 60)
+    made_again = 2 * tokens * again
+    return Work(product + made_again, 0.0, router, 2.5 * core + replayed, weights, passes * wide, 60)
 
 
 def _mlp(load: Workload, kind: Kind, moe: bool) -> Work:
@@ -167,7 +177,8 @@ def _dense(load: Workload, kind: Kind) -> Work:
     weights = 3 * model.hidden_size * inner
     passes = 2 * (model.hidden_size + 2 * inner) * bytes_.hidden + 2 * inner * bytes_.operand
     kernels = 8 if kind is Kind.F else 12
-    return Work(2 * load.tokens * weights, 0.0, 0.0, weights * bytes_.operand, load.tokens * passes, kernels)
+    product = 2 * load.tokens * weights
+    return Work(product, 0.0, 0.0, 0.0, weights * bytes_.operand, load.tokens * passes, kernels)
 
 
 def _experts(load: Workload, kind: Kind) -> Work:
@@ -175,7 +186,7 @@ def _experts(load: Workload, kind: Kind) -> Work:
     sizes, model, bytes_ = load.sizes, load.job.model, load.job.bytes_of
     width, operand, wide = model.hidden_size, bytes_.operand, bytes_.hidden
     shared = 3 * width * sizes.shared
-    product = 2 * load.tokens * (sizes.pairs * sizes.expert + shared)
+    product, grouped = 2 * load.tokens * shared, 2 * load.tokens * sizes.pairs * sizes.expert
     weights = model.num_routed_experts // load.layout.expert * sizes.expert + shared
     middle = sizes.pairs * model.moe_intermediate_size + sizes.shared
     rows = sizes.pairs * width * (3 * operand + 2 * wide) + (sizes.arrived + 4) * width * wide
@@ -185,7 +196,7 @@ def _experts(load: Workload, kind: Kind) -> Work:
         Kind.W: ((4 * sizes.pairs * width + 6 * middle) * operand, 8),
     }[kind]
     read = weights * (8 if kind is Kind.W else operand)  # a weight gradient is read and written in fp32
-    return Work(product, 0.0, 0.0, read, load.tokens * passes, kernels)
+    return Work(product, grouped, 0.0, 0.0, read, load.tokens * passes, kernels)
 
 
 def _embed(load: Workload, kind: Kind, moe: bool) -> Work:
@@ -197,7 +208,7 @@ def _merge(load: Workload, kind: Kind, moe: bool) -> Work:
     del moe
     width, bytes_ = load.job.model.hidden_size, load.job.bytes_of
     passes = 8 * load.tokens * width * bytes_.hidden
-    return Work(4 * load.tokens * width**2, 0.0, 0.0, 2 * width**2 * bytes_.operand, passes, 8)
+    return Work(4 * load.tokens * width**2, 0.0, 0.0, 0.0, 2 * width**2 * bytes_.operand, passes, 8)
 
 
 def _head(load: Workload, kind: Kind, moe: bool) -> Work:
@@ -208,7 +219,7 @@ def _head(load: Workload, kind: Kind, moe: bool) -> Work:
         return Work(passes=4 * tokens * model.hidden_size * bytes_.hidden, kernels=4)
     table = model.hidden_size * model.vocab_size
     logits = tokens * model.vocab_size * (3 * bytes_.hidden + 4 * 4)
-    return Work(0.0, 3 * 2 * tokens * table, 0.0, table * (2 * bytes_.hidden + 8), logits, 30)
+    return Work(0.0, 0.0, 6 * tokens * table, 0.0, table * (2 * bytes_.hidden + 8), logits, 30)
 
 
 def _transfer(load: Workload, kind: Kind, moe: bool) -> Work:
@@ -243,6 +254,19 @@ def stage_kept(load: Workload, plan: Plan) -> Kept:
     return Kept(sum(count * one.whole for count, one in every), sum(count * one.owed for count, one in every))
 
 
+EXPLICIT_LENGTH, QUERY_BLOCK = 1024, 128
+"""On a CPU probabilities are kept up to this length, block of queries by block (`kernels.attention`)."""
+
+
+def _probabilities(load: Workload) -> float:
+    """Bytes of a token beyond fused attention's, which keeps the contents that values came with instead of them."""
+    length, model = load.job.sequence_length, load.job.model
+    if load.on_gpu or length > EXPLICIT_LENGTH:
+        return 0.0
+    seen = (length + min(QUERY_BLOCK, length)) / 2
+    return (model.num_heads * seen - load.sizes.contents) * load.job.bytes_of.hidden
+
+
 def kept(load: Workload, part: Part, moe: bool) -> Kept:
     """What a part keeps for backward; `moe` says whether its layer has experts."""
     sizes, model, bytes_, recompute = load.sizes, load.job.model, load.job.bytes_of, load.layout.recompute
@@ -256,7 +280,7 @@ def kept(load: Workload, part: Part, moe: bool) -> Kept:
         if recompute == "none":
             normalised = width + model.q_lora_rank + model.kv_lora_rank
             made = normalised + sizes.latents + 2 * sizes.queries + sizes.contents + sizes.values
-            whole += made * bytes_.hidden
+            whole += made * bytes_.hidden + _probabilities(load)
         elif recompute == "layer":
             whole = width * bytes_.hidden
         return Kept(load.tokens * whole, load.tokens * (inputs + grads))

@@ -306,3 +306,24 @@ def test_deep_ep_says_in_one_line_why_it_cannot_be_used():
         pytest.skip("DeepEP is installed")
     with pytest.raises(ConfigError, match=r"No module named 'deep_ep'.*set parallel.dispatch to nvlink"):
         DISPATCHERS["deep_ep"](thread_peers(2)[0], Terms(8))
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_ways_travelled_for_a_benchmark_leave_no_trace(name):
+    """Rows sent three times and only passed over on the way change nothing for the calls that follow."""
+    ranks, count = 2, 8
+    peers, experts = thread_peers(ranks, 1), experts_of(count, torch.float32)
+    every = [given("uniform", size, count, ranks, size, torch.float32) for size in (3, 2)]
+
+    def play(rank: int):
+        dispatcher, own = DISPATCHERS[name](peers[rank], Terms(count, tokens=3)), part(experts, rank, ranks)
+        first = through(dispatcher, own, every[rank])
+        dispatcher.repeats = 3
+        dispatcher.transport(every[rank].x, first[1]).wait()
+        dispatcher.transport_home(first[1].rows, first[1]).wait()
+        return first, through(dispatcher, own, every[rank])
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for first, second in pool.map(play, range(ranks)):
+            assert torch.equal(first[0], second[0])
+            assert all(torch.equal(a, b) for a, b in zip(first[2], second[2]))

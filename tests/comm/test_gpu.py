@@ -6,7 +6,7 @@ Two processes on one GPU take turns on it, so that this shows what is right and 
 import os
 import random
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from counterflow.comm.dispatch import Terms
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import Peers, process_peers
+from counterflow.kernels.fp8 import dequantise, quantise
 from tests.comm.test_backends import Given, assert_arrived, close, experts_of, given, part, through
 
 pytestmark = pytest.mark.gpu
@@ -81,6 +82,24 @@ def start(play, *arguments: object) -> None:
 @pytest.mark.parametrize("name", ["nvlink", "copy_engine"])
 def test_rows_exact_outputs_and_gradients_close_to_local(name, dtype):
     start(rounds, name, dtype)
+
+
+def in_fp8(rank: int, ranks: int, name: str) -> None:
+    peers, device = open_peers(rank, ranks), torch.device("cuda", torch.cuda.current_device())
+    dispatcher, count = DISPATCHERS[name](peers, Terms(4 * ranks, fp8=True, tokens=32)), 4 * ranks
+    experts = experts_of(count, torch.float32).to(device)
+    for seed in range(4):
+        one = on(device, given("uniform", 7 * seed, count, ranks, seed * 100 + rank, torch.float32))
+        out, _, _ = through(dispatcher, part(experts, rank, ranks), one)
+        rounded = dequantise(quantise(one.x), one.x.shape[1], torch.float32)
+        want, _, _ = through(Local(), experts, replace(one, x=rounded))
+        assert len(one.x) == 0 or (out - want).abs().max() <= 1e-5 * want.abs().max()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["nvlink", "copy_engine"])
+def test_fp8_on_the_wire_is_the_rows_rounded_and_nothing_else(name):
+    start(in_fp8, name)
 
 
 def no_room(rank: int, ranks: int) -> None:

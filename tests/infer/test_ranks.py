@@ -33,7 +33,9 @@ def part_of(whole: Transformer, index: int, peers: Peers, parts: int, backend: s
         if name in shards:
             start = shards[name].offset
             weight.data = full[name].flatten()[start : start + weight.numel()].view_as(weight).clone()
-    model.dispatcher = DISPATCHERS[backend](peers, Terms(LANGUAGE.num_routed_experts))
+    model.dispatcher = DISPATCHERS[backend](
+        peers, Terms(LANGUAGE.num_routed_experts, tokens=SETTINGS.max_rows)
+    )
     return model.requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from counterflow.config.models import MODELS
+from counterflow.config.run import DISPATCHES
 from counterflow.model.transformer import Transformer, initialise
 from counterflow.plan.cost import Costs, held_parameters
 from counterflow.plan.hardware import hardware
@@ -121,5 +122,6 @@ def test_a_worst_case_arena_costs_what_decision_5_says():
     costs = report_costs()
     schedule, plans = REPORT_LAYOUT.rule(32), stage_plans(REPORT_JOB.model, 16)
     sizes = {name: memory(costs, schedule, plans, name)[3].buffers for name in BUFFERS}
+    assert set(BUFFERS) == {"local", *DISPATCHES}
     assert sizes["local"] < sizes["deep_ep"] < sizes["collective"] < sizes["two_hop"] < sizes["nvlink"]
     assert sizes["nvlink"] - sizes["local"] == pytest.approx(4 * 64 * 4096 * 7168 * 2)

@@ -1,0 +1,87 @@
+"""The small Triton kernels of training against the plain ops they stand for; interpreted where no GPU is.
+
+In fp32 both round alike but for the order of a sum; in bf16, on a GPU alone, kernels round once and plain ops several
+times, which leaves them a few steps of 1/256 apart.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from counterflow.kernels import norm, rotate, swiglu
+
+pytest.importorskip("triton", reason="this PyTorch comes without Triton")
+from counterflow.kernels import grouped_triton, rotate_triton, swiglu_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def near(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Relative to the largest element."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    if not b.numel():
+        return True
+    scale = b.double().abs().max().clamp_min(1e-6)
+    return bool((a.double().cpu() - b.double()).abs().max() <= BOUNDS[dtype] * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighed", [True, False])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 48), (3, 300), (2, 2500)])
+def test_swiglu_and_its_backward(shape, weighed, dtype):
+    rows, width = shape
+    x, dout = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    gates = torch.rand(rows) if weighed else None
+    given = None if gates is None else gates.to(DEVICE)
+    assert near(swiglu_triton.swiglu(x.to(DEVICE), given), swiglu.swiglu(x, gates), dtype)
+    found = swiglu_triton.swiglu_backward(dout.to(DEVICE), x.to(DEVICE), given)
+    for ours, plain in zip(found, swiglu.swiglu_backward(dout, x, gates)):
+        assert (ours is None and plain is None) or near(ours, plain, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [0, 6, 128])
+@pytest.mark.parametrize("shape", [(0, 3, 2), (1, 1, 1), (2, 3, 5), (1, 2, 19)])
+def test_rotation_of_heads_that_lie_apart_and_its_backward(shape, keep, dtype):
+    sequences, length, heads = shape
+    table = torch.polar(torch.ones(length, 4), torch.randn(length, 4))
+    x = torch.randn(sequences, length, heads, keep + 8 + 3).to(dtype)[..., : keep + 8]
+    apart = torch.randn(sequences, length, heads, keep + 8 + 3).to(dtype).to(DEVICE)[..., : keep + 8].copy_(x)
+    want = torch.cat([x[..., :keep], rotate.rotate_plainly(x[..., keep:], table)], dim=-1)
+    found = rotate_triton.rotate(apart, table.to(DEVICE), keep)
+    assert near(found, want, dtype)
+    assert near(rotate_triton.rotate(found, table.to(DEVICE), keep, back=True), x, dtype)  # turned back
+    given = x.to(DEVICE).requires_grad_()
+    plain = x.clone().requires_grad_()
+    dout = torch.randn(want.shape).to(dtype)
+    (ours,) = torch.autograd.grad(rotate.rotate(given, table.to(DEVICE), keep), given, dout.to(DEVICE))
+    (theirs,) = torch.autograd.grad(rotate.rotate(plain, table, keep), plain, dout)
+    assert near(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 37])
+@pytest.mark.parametrize("end", [0, 1, 15, 16, 36, 37])
+def test_only_rows_behind_the_last_expert_become_zeros(rows, end):
+    out = torch.randn(rows, 1030)
+    want = out.clone()
+    want[end:] = 0
+    ends = torch.tensor([0, min(end, rows)], device=DEVICE)
+    assert torch.equal(grouped_triton.zero_tail(out.to(DEVICE), ends).cpu(), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 8), (7, 512), (3, 5, 7168), (2048, 1024)])
+def test_norm_and_its_backward_on_a_gpu(shape, dtype):
+    x, gain, dy = (torch.randn(s).to(dtype) for s in (shape, shape[-1:], shape))
+    results = []
+    for device, f in (("cuda", norm.rms_norm), ("cpu", lambda x, g, e: F.rms_norm(x, g.shape, g, e))):
+        kind = dtype if device == "cuda" else torch.float64
+        given = [value.to(device, kind).requires_grad_() for value in (x, gain)]
+        y = f(*given, 1e-6)
+        gradients = torch.autograd.grad(y, given, dy.to(device, kind))
+        results.append([value.detach().cpu().to(dtype) for value in (y, *gradients)])
+    for ours, plain in zip(*results):
+        assert near(ours, plain, dtype)
