@@ -1,7 +1,8 @@
-"""`counterflow bench all-to-all` for machines without its command line: torchrun's processes, or one.
+"""`counterflow bench all-to-all` for machines without its command line: a process for every GPU of the host.
 
-torchrun --nproc-per-node 2 bench/all_to_all.py --folder records/DATE-all-to-all
-python bench/all_to_all.py --tokens 4096
+python bench/all_to_all.py --folder records/DATE-all-to-all
+TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 python bench/all_to_all.py   (one GPU, two processes: no link, a trial)
+torchrun --nproc-per-node 2 bench/all_to_all.py --tokens 4096
 """
 
 import argparse
@@ -11,9 +12,9 @@ from pathlib import Path
 from types import GenericAlias
 
 from counterflow.benchmark.all_to_all import AllToAll, all_to_all
+from counterflow.benchmark.processes import on_devices
 from counterflow.benchmark.shown import aligned, focus, picture, table
 from counterflow.comm.mesh import Mesh
-from counterflow.train.launch import on_ranks
 from counterflow.train.provenance import provenance
 
 
@@ -27,17 +28,18 @@ def main() -> None:
         kind = type(field.default[0] if field.default else "") if several else type(field.default)
         more = {"nargs": "*"} if several else {}
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, **more)
+    parser.add_argument("--ranks", type=int, default=0, help="processes; 0: one a GPU, two on a CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path)
     arguments = vars(parser.parse_args())
-    device, folder = arguments.pop("device"), arguments.pop("folder")
+    ranks, device, folder = (arguments.pop(name) for name in ("ranks", "device", "folder"))
     wish = AllToAll(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     )
-    on_ranks(0, device, [], lambda mesh: bench(wish, mesh, folder))
+    on_devices(bench, ranks, device, wish, folder)
 
 
-def bench(wish: AllToAll, mesh: Mesh, folder: Path | None) -> None:
+def bench(mesh: Mesh, wish: AllToAll, folder: Path | None) -> None:
     """All sizes; what is there so far is written after each."""
     made = provenance()
     for result in all_to_all(wish, mesh):

@@ -1,6 +1,6 @@
-"""`counterflow bench overlap` for machines without its command line: torchrun's processes, or one.
+"""`counterflow bench overlap` for machines without its command line: a process for every GPU of the host.
 
-torchrun --nproc-per-node 2 bench/overlap.py --backends nvlink copy_engine collective --ratio 1:1 --folder records/DATE
+python bench/overlap.py --backends nvlink copy_engine collective --ratio 1:1 --folder records/DATE
 python bench/overlap.py --device cpu --hidden 64 --intermediate 32 --heads 2 --experts 16 --tokens 64 --backends collective
 """
 
@@ -12,9 +12,9 @@ from types import GenericAlias
 
 from counterflow.benchmark.pair import Overlap
 from counterflow.benchmark.pair_result import overlap, table, timelines
+from counterflow.benchmark.processes import on_devices
 from counterflow.benchmark.shown import aligned
 from counterflow.comm.mesh import Mesh
-from counterflow.train.launch import on_ranks
 from counterflow.train.provenance import provenance
 
 
@@ -28,17 +28,18 @@ def main() -> None:
         kind = type(field.default[0]) if several else type(field.default)
         more = {"nargs": "*"} if several else {}
         parser.add_argument(f"--{field.name}", type=kind, default=field.default, **more)
+    parser.add_argument("--ranks", type=int, default=0, help="processes; 0: one a GPU, two on a CPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path)
     arguments = vars(parser.parse_args())
-    device, folder = arguments.pop("device"), arguments.pop("folder")
+    ranks, device, folder = (arguments.pop(name) for name in ("ranks", "device", "folder"))
     wish = Overlap(
         **{key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     )
-    on_ranks(0, device, [], lambda mesh: bench(wish, mesh, folder))
+    on_devices(bench, ranks, device, wish, folder)
 
 
-def bench(wish: Overlap, mesh: Mesh, folder: Path | None) -> None:
+def bench(mesh: Mesh, wish: Overlap, folder: Path | None) -> None:
     """All contenders; what is there so far is written after each."""
     made, result = provenance(), None
     for result in overlap(wish, mesh):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from counterflow.benchmark.ceilings import Ceilings
+from counterflow.benchmark.processes import NO_LINK, share_a_gpu
 from counterflow.benchmark.rounds import Rounds, middle
 from counterflow.benchmark.vdev import vdev_2d
 from counterflow.comm import DISPATCHERS
@@ -223,6 +224,8 @@ def all_to_all(wish: AllToAll, mesh: Mesh) -> Iterator[dict[str, Any]]:
         notes.append(
             "One rank: there is no wire; bytes are those of the rows that stay, ceilings copies in memory."
         )
+    if share_a_gpu(mesh):
+        notes.append(NO_LINK)
     for tokens in wish.tokens:
         rows += bench.size(tokens)
         yield {"ranks": mesh.size, "rows": rows, "notes": notes}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from counterflow.benchmark.processes import share_a_gpu
 from counterflow.comm.exchange import GroupExchange
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
@@ -42,7 +43,7 @@ class Ceilings:
         me = self.mesh.rank
         sent, received = list(matrix[me]), [row[me] for row in matrix]
         source = self.source[: sum(sent)]
-        for cap, exchange in self.exchanges.items():
+        for cap, exchange in () if share_a_gpu(self.mesh) else self.exchanges.items():
             name = "NCCL" if self.cuda else "gloo"
             name += f", {cap} CTAs" if cap else ""
             found[name] = lambda exchange=exchange: exchange.rows(source, sent, received).wait()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from counterflow.benchmark.carried import Repeated, Tape, balanced, in_turn, repeats_for
 from counterflow.benchmark.equality import with_accumulators
+from counterflow.benchmark.processes import share_a_gpu
 from counterflow.benchmark.rounds import Rounds
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.channels import Links, LocalChannels
@@ -30,12 +31,13 @@ from counterflow.errors import ConfigError
 from counterflow.model.rope import rope_table
 from counterflow.model.transformer import Transformer, keep_experts
 from counterflow.pipeline.execute import Executor
+from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Pass, Stage, StepSettings, Sums
 from counterflow.plan.stages import stage_plans
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.weave import weave
-from counterflow.schedule.words import TRANSFERS, Op
+from counterflow.schedule.words import TRANSFERS, Op, Span
 
 WAYS = ("computation", "communication", "in turn", "overlapped")
 BYTES_EACH = 6
@@ -98,6 +100,8 @@ def experts_that_fit(wish: Overlap, mesh: Mesh) -> int:
             "experts is 0 and the device is a CPU; say how many experts a layer has: --experts 8."
         )
     memory = torch.cuda.get_device_properties(mesh.device).total_memory
+    if share_a_gpu(mesh):
+        memory //= mesh.size
     each = 3 * wish.hidden * wish.intermediate * BYTES_EACH * wish.layers
     fits = int(ROOM * memory / each) // 8 * 8
     return min(256, max(8, mesh.everyone(fits)[0]) * mesh.size)
@@ -129,7 +133,9 @@ class Pairs:
         self.samples = torch.randint(self.config.vocab_size, shape, generator=generator).to(mesh.device)
         self.settings = StepSettings(1, wish.tokens, 1.0 / (wish.microbatches * wish.tokens))
 
-    def run(self, dispatcher: Dispatcher, annotate: bool = False) -> tuple[Mark, Mark]:
+    def run(
+        self, dispatcher: Dispatcher, annotate: bool = False, record: Recorder | None = None
+    ) -> tuple[Mark, Mark]:
         """One step; the moments between which the pairs ran."""
         self.model.dispatcher = dispatcher
         edges: list[Mark] = []
@@ -138,7 +144,8 @@ class Pairs:
             for stage, inner in self.stages.items()
         }
         links = LocalChannels(Links(self.schedule, transfers(self.schedule)))
-        Executor(self.schedule, 0, stages, links).run(lambda pipe, mb: self.samples[mb], self.settings)
+        executor = Executor(self.schedule, 0, stages, links, record)
+        executor.run(lambda pipe, mb: self.samples[mb], self.settings)
         start, end = edges
         return start, end
 
@@ -259,6 +266,19 @@ class Bench:
             exchange.times = self.repeats
         if hasattr(self.carrier, "repeats"):
             self.carrier.repeats = self.repeats  # pyright: ignore[reportAttributeAccessIssue]
+
+    def recorded(self) -> list[Span]:
+        """When the ops of the pairs ran in one overlapped run, by the clock, on all ranks; a transfer when issued."""
+        self.mesh.barrier()
+        recorder = Recorder(self.mesh.device)
+        start, end = self.pairs.run(self.dispatcher, record=recorder)
+        self.carrier.traffic()
+        mine = [
+            replace(span, rank=self.mesh.rank)
+            for span in recorder.spans()
+            if between(start, span.start) >= 0 and between(span.end, end) >= 0
+        ]
+        return [span for some in self.mesh.everyone(mine) for span in some]
 
     def waited(self) -> float:
         """Seconds that computation stood still for transfers within the pairs of one overlapped run, here."""

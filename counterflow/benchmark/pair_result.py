@@ -10,6 +10,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from counterflow.benchmark.pair import WAYS, Bench, Contender, Overlap, Pairs, contenders
+from counterflow.benchmark.processes import NO_LINK, share_a_gpu
 from counterflow.benchmark.profile import coincidence, kernels, profiled, spans
 from counterflow.comm.mesh import Mesh
 from counterflow.config.models import MODELS
@@ -37,6 +38,8 @@ def overlap(wish: Overlap, mesh: Mesh) -> Iterator[dict[str, Any]]:
         notes.append(
             "One expert rank: there is no wire; what is called communication is the backend's own copying."
         )
+    if share_a_gpu(mesh):
+        notes.append(NO_LINK)
     drawings: dict[str, list[Span]] = {}
     for contender in contenders(wish, mesh):
         row, drawn = _row(pairs, contender)
@@ -79,6 +82,7 @@ def _row(pairs: Pairs, contender: Contender) -> tuple[dict[str, Any] | None, Any
     else:
         waited = max(mesh.everyone(bench.waited())) / pairs.count
         row["not_waited_for"] = 1.0 - waited / middle["communication"] if middle["communication"] else 1.0
+        found = bench.recorded()
     return row, found
 
 

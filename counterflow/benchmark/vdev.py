@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from counterflow.benchmark.processes import share_a_gpu
 from counterflow.benchmark.rounds import Rounds, middle
 from counterflow.comm.mesh import Mesh
 
@@ -22,7 +23,7 @@ WARMUPS = 20
 def vdev_2d(mesh: Mesh, sizes: dict[int, int], width: int, rounds: int) -> dict[int, float] | str:
     """Median seconds by size for about `sizes[size]` rows of `width` bytes from each rank, evenly to all others; else
     why it does not run here. A collective of one host."""
-    if mesh.device.type != "cuda" or mesh.size == 1:
+    if mesh.device.type != "cuda" or mesh.size == 1 or share_a_gpu(mesh):
         return "all_to_all_vdev_2d is not timed: it needs several GPUs."
     context = multiprocessing.get_context("spawn")
     answers: Any = context.Queue()

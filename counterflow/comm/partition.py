@@ -27,7 +27,7 @@ def capped(multiprocessors: int, device: torch.device) -> Any:
 
     NCCL rounds channels up to a power of two, so the largest one within the number is asked for.
     """
-    if not multiprocessors or device.type != "cuda":
+    if not multiprocessors or device.type != "cuda" or "nccl" not in dist.get_backend_config():
         return None
     options = dist.ProcessGroupNCCL.Options()
     options.config.max_ctas = 1 << (multiprocessors.bit_length() - 1)
