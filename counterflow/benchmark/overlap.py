@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from counterflow.benchmark.equality import Layout, samples_of, settings_of, small_model, with_accumulators
 from counterflow.benchmark.carried import Carried
+from counterflow.benchmark.equality import Layout, samples_of, settings_of, small_model, with_accumulators
 from counterflow.comm.channels import Links, LocalChannels
 from counterflow.comm.dispatch import Pending
 from counterflow.model.transformer import Transformer

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from counterflow.benchmark.carried import Repeated, Tape, balanced, in_turn, repeats_for
 from counterflow.benchmark.equality import with_accumulators
