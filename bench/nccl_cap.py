@@ -1,4 +1,4 @@
-"""Does NCCL take the cap that the partition sets? A group with it is made on one GPU and used; its configuration printed.
+"""Does NCCL take the cap that the partition sets? Groups with it are made on one GPU and used.
 
 python bench/nccl_cap.py
 """

@@ -1,7 +1,7 @@
 """`counterflow bench overlap` for machines without its command line: a process for every GPU of the host.
 
 python bench/overlap.py --backends nvlink copy_engine collective --ratio 1:1 --folder records/DATE
-python bench/overlap.py --device cpu --hidden 64 --intermediate 32 --heads 2 --experts 16 --tokens 64 --backends collective
+python bench/overlap.py --device cpu --hidden 64 --intermediate 32 --heads 2 --experts 16 --tokens 64
 """
 
 import argparse

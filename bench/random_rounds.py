@@ -43,8 +43,8 @@ def bench(mesh: Mesh, wish: RandomRounds, folder: Path | None) -> None:
     worst = max(row["worst"] for row in rows)
     routed = dict(Counter(row["routing"] for row in rows))
     print(
-        f"{wish.backend}, {mesh.size} ranks: {len(rows)} rounds, none with a mismatch, largest relative error {worst:.2e}, "
-        f"{time.perf_counter() - start:.0f} s; {routed}",
+        f"{wish.backend}, {mesh.size} ranks: {len(rows)} rounds, none with a mismatch, largest relative error "
+        f"{worst:.2e}, {time.perf_counter() - start:.0f} s; {routed}",
         flush=True,
     )
     if folder:

@@ -73,7 +73,7 @@ class Overlap:
 def model_config(wish: Overlap, mesh: Mesh) -> ModelConfig:
     """The model: the report's layer with a small vocabulary, every layer with experts."""
     experts = wish.experts or experts_that_fit(wish, mesh)
-    groups = 8 if experts % 8 == 0 and experts // 8 * 4 >= wish.top else 1
+    groups = 8 if experts % 8 == 0 and experts >= max(16, 2 * wish.top) else 1  # two experts in each, or more
     return replace(
         MODELS["v3-671b"],
         vocab_size=1024,

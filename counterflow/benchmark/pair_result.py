@@ -120,9 +120,9 @@ def _on_report_links(wish: Overlap, row: Mapping[str, Any]) -> str:
     rate = cluster.fabric.bytes_per_s * cluster.efficiencies.network
     computed = row["seconds_a_pair"]["computation"]
     return (
-        f"Over the report's {NODES} nodes a pair would send {bytes_(moved)} a GPU between them in bf16 ({away:.2f} nodes "
-        f"a token), {moved / rate * 1e3:.3g} ms at {rate / 1e9:.0f} GB/s (predicted, the planner's rate): computation : "
-        f"communication = {computed / (moved / rate):.3g} : 1 with this run's computation."
+        f"Over the report's {NODES} nodes a pair would send {bytes_(moved)} a GPU between them in bf16 ({away:.2f} "
+        f"nodes a token), {moved / rate * 1e3:.3g} ms at {rate / 1e9:.0f} GB/s (predicted, the planner's rate): "
+        f"computation : communication = {computed / (moved / rate):.3g} : 1 with this run's computation."
     )
 
 

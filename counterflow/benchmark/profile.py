@@ -1,4 +1,4 @@
-"""Which share of the all-to-all ran beside computation, kernel by kernel, and the timeline of it: from torch's profiler.
+"""Which share of the all-to-all ran beside computation, kernel by kernel, and its timeline: from torch's profiler.
 
 Ops are annotated when they are issued; a kernel belongs to the op within whose time its launch lies. What runs on the
 stream of the most attention kernels is computation, but for kernels that only wait for other ranks; what runs on any

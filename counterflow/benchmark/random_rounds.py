@@ -85,7 +85,9 @@ def random_rounds(wish: RandomRounds, mesh: Mesh) -> Iterator[dict[str, Any]]:
         sizes = [dice.choice((0, *[dice.randrange(wish.tokens + 1)] * 4)) for _ in range(mesh.size)]
         late = dice.randrange(mesh.size)
         before, after = (dice.random() * wish.late_s for _ in range(2))
-        every = [_on(mesh, given(routing, size, mesh.size, number * 64 + at)) for at, size in enumerate(sizes)]
+        every = [
+            _on(mesh, given(routing, size, mesh.size, number * 64 + at)) for at, size in enumerate(sizes)
+        ]
         pauses = (before, after) if late == mesh.rank else (0.0, 0.0)
         worst = max(mesh.everyone(_round(dispatcher, whole, every, mesh, pauses)))
         assert worst < BOUND, f"round {number} ({routing}, tokens {sizes}): off by {worst:.2e}"

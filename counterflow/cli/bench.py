@@ -1,4 +1,4 @@
-"""`counterflow bench all-to-all`, `bench overlap`: what transfers cost on the machine at hand, and what hides them.
+"""`counterflow bench all-to-all`, `overlap`, `rates`: what transfers cost here, what hides them, the planner's rates.
 
 A bench takes every GPU of the machine, one process each, or a few processes on a CPU; under torchrun or Slurm the
 processes are theirs.
@@ -14,6 +14,7 @@ import tyro
 
 from counterflow.benchmark.all_to_all import AllToAll
 from counterflow.benchmark.pair import Overlap
+from counterflow.benchmark.rates import RatesSettings, measure_rates, rates_toml
 from counterflow.errors import ConfigError, nearest
 
 CPU_RANKS = 2
@@ -45,6 +46,15 @@ class OverlapBench:
 
     place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
     wish: Annotated[Overlap, tyro.conf.arg(name="")] = field(default_factory=Overlap)
+
+
+@dataclass(frozen=True)
+class RatesBench:
+    """What this machine reaches at a model's shapes, as a file that `counterflow plan --hardware` reads."""
+
+    settings: Annotated[RatesSettings, tyro.conf.arg(name="")] = field(default_factory=RatesSettings)
+    output: Path | None = None
+    """The file; none: printed."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -104,6 +114,18 @@ def _overlap(arguments: list[str]) -> int:
     return _on_ranks(place, ["bench", "overlap", *arguments], act)
 
 
+def _rates(arguments: list[str]) -> int:
+    asked = tyro.cli(RatesBench, prog="counterflow bench rates", args=arguments)
+    text = rates_toml(asked.settings, measure_rates(asked.settings))
+    if asked.output is None:
+        print(text, end="")
+        return 0
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    asked.output.write_text(text)
+    print(f"{asked.output}: counterflow plan --hardware {asked.output} reads it")
+    return 0
+
+
 def _on_ranks(place: Place, words: list[str], act: Callable[[Any], None]) -> int:
     import torch
 
@@ -141,4 +163,5 @@ def show(title: str, lines: Sequence[Sequence[str]]) -> None:
 BENCHES: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
     "all-to-all": (_all_to_all, "dispatch and combine by every backend, against plain copies"),
     "overlap": (_overlap, "a forward and a backward chunk that hide each other's transfers"),
+    "rates": (_rates, "the machine's rates at a model's shapes, for the planner"),
 }
