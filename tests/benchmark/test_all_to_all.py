@@ -111,9 +111,7 @@ def test_a_bench_that_is_none_names_the_nearest(capsys):
 @pytest.mark.slow
 def test_a_pair_on_two_processes_is_timed_in_four_ways(tmp_path):
     words = "--device cpu --hidden 32 --intermediate 16 --heads 2 --experts 8 --top 2 --tokens 16 --layers 2"
-    words += (
-        " --microbatches 4 --backends collective --routing real --rounds 2 --warmups 0 --ratio 1:1"
-    )
+    words += " --microbatches 4 --backends collective --routing real --rounds 2 --warmups 0 --ratio 1:1"
     said = bench("bench/overlap.py", *words.split(), "--folder", str(tmp_path))
     assert "collective, real" in said and "2 expert ranks, 8 experts of a layer" in said
     for row in json.loads((tmp_path / "raw.json").read_text())["rows"]:
