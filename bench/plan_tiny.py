@@ -51,7 +51,7 @@ def _rank(rank: int, run: RunConfig, port: int, steps: int, folder: str) -> None
     torch.set_num_threads(1)
     keep_freed_memory()
     phases, clock, used = {"imports": resident_bytes()}, [], []
-    with joined(run) as mesh:
+    with joined(run.parallel, "cpu") as mesh:
         samples = open_samples(run, mesh)
         phases["group and text"] = resident_bytes()
         trainer = Trainer(run, samples, mesh)

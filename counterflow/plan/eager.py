@@ -1,8 +1,8 @@
 """Passes over memory and kernels of `counterflow train`'s own ops: eager PyTorch, one kernel after another.
 
-`work` counts what fused kernels must move, as the report's and other large systems have them. Ours read and write most
-intermediate tensors: on a CPU RMSNorm's backward alone moves 82 bytes an element where 8 would do; on a GPU norms, SwiGLU
-and rotation are one pass each. Bytes are counted tensor by tensor from the code named in each line, kernels with them;
+`work` counts what fused kernels must move, as the report's and other large systems have them. Ours read and write
+most intermediate tensors: on a CPU RMSNorm's backward alone moves 82 bytes an element where 8 would do; on a GPU norms,
+SwiGLU and rotation are one pass each. Bytes are counted tensor by tensor from the code named in each line, kernels too;
 tests hold both against a counter that watches the ops of a CPU run, and a profile tells the kernels of a GPU's step.
 `e` is the bytes of an element of activations, `c` those of a cast to or from fp32, which fp32 training has none of.
 """
@@ -40,7 +40,7 @@ def _element(load: Workload) -> tuple[float, float]:
 
 
 def norm_bytes(load: Workload, kind: Kind) -> float:
-    """Of an element: on a GPU one kernel, and in backward another for the gain; on a CPU PyTorch's composite and ours."""
+    """Of an element: on a GPU one kernel, in backward one more for the gain; on a CPU PyTorch's composite and ours."""
     e, c = _element(load)
     if load.on_gpu:
         return 2 * e if kind is Kind.F else 5 * e
