@@ -7,13 +7,15 @@ and every micro-batch beyond the first few adds two pairs: the difference of two
 """
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
+from counterflow.benchmark.carried import Carried
 from counterflow.benchmark.equality import Layout, samples_of, settings_of, small_model, with_accumulators
 from counterflow.comm.channels import Links, LocalChannels
-from counterflow.comm.dispatch import Arrived, Dispatcher, Pending, Route, Value
-from counterflow.comm.traffic import Traffic
+from counterflow.comm.dispatch import Pending
 from counterflow.model.transformer import Transformer
 from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.stage import Pass, Stage, Sums
@@ -26,41 +28,20 @@ from counterflow.schedule.words import TRANSFERS, Lane, Op, Plan
 
 
 class SlowWire:
-    """A dispatcher whose transfers take `seconds` each, one after another, beside whatever is computed meanwhile."""
+    """Time on a wire that takes `seconds` for each transfer, one after another, beside whatever is computed."""
 
-    def __init__(self, inner: Dispatcher, seconds: float, in_turn: bool = False) -> None:
-        self._inner, self._seconds, self._in_turn = inner, seconds, in_turn
+    def __init__(self, seconds: float, in_turn: bool = False) -> None:
+        self._seconds, self._in_turn = seconds, in_turn
         self._free = 0.0
         self.waited = 0.0
         """Seconds that computation has waited for the wire."""
 
-    def dispatch(self, x: Tensor, route: Route) -> Pending[Arrived]:
-        """After its time."""
-        return self._carry(self._inner.dispatch(x, route))
-
-    def combine(self, y: Tensor, arrived: Arrived, into: Tensor) -> Pending[Tensor]:
-        """After its time."""
-        return self._carry(self._inner.combine(y, arrived, into))
-
-    def combine_backward(self, dout: Tensor, arrived: Arrived) -> Pending[Tensor]:
-        """After its time."""
-        return self._carry(self._inner.combine_backward(dout, arrived))
-
-    def dispatch_backward(
-        self, drows: Tensor, dgates: Tensor, arrived: Arrived
-    ) -> Pending[tuple[Tensor, Tensor]]:
-        """After its time."""
-        return self._carry(self._inner.dispatch_backward(drows, dgates, arrived))
-
-    def traffic(self) -> list[Traffic]:
-        """What the dispatcher behind it moved."""
-        return self._inner.traffic()
-
-    def _carry(self, call: Pending[Value]) -> Pending[Value]:
-        value = call.wait()
+    def carry(self, name: str, act: Callable[..., Pending[Any]], arguments: tuple[Any, ...]) -> Pending[Any]:
+        """A dispatcher's call, whose result comes after its time."""
+        value = act(*arguments).wait()
         self._free = deadline = max(time.perf_counter(), self._free) + self._seconds
 
-        def finish() -> Value:
+        def finish() -> Any:
             self._wait_until(deadline)
             return value
 
@@ -131,8 +112,8 @@ def _model(layers: int) -> Transformer:
 
 def _step_seconds(unit: float, wire: float, in_turn: bool, layers: int, microbatches: int) -> float:
     model = with_accumulators(_model(layers))
-    slow = SlowWire(model.dispatcher, wire, in_turn)
-    model.dispatcher = slow
+    slow = SlowWire(wire, in_turn)
+    model.dispatcher = Carried(model.dispatcher, slow.carry)
     schedule = SCHEDULES["dualpipev"](1, microbatches)
     plans = _plans(layers)
     stages = {stage: PacedStage(model, plans[stage.index], slow, unit) for stage in schedule.held(0)}

@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "evaluate": "measure a model: HumanEval, bits per byte, expert load, Binoculars",
     "schedule": "print, check, simulate, draw and compare pipeline schedules",
     "plan": "which layout, how long, how much: a run on a cluster, predicted",
+    "bench": "time transfers and what hides them, on the GPUs or cores at hand",
     "models": "list the named models with their parameter counts",
     "where": 'find an item of the paper in the code: counterflow where "eq 16"',
 }

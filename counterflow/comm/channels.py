@@ -60,12 +60,9 @@ class ProcessChannels:
         self.mesh, self.dtype = mesh, dtype
         self._groups: dict[Channel, dist.ProcessGroup] = {}
         for channel in sorted(channels):
-            for data_rank in range(mesh.data):
-                pair = [channel.sender * mesh.data + data_rank, channel.receiver * mesh.data + data_rank]
-                group = dist.new_group(pair)
-                if mesh.rank in pair:
-                    assert isinstance(group, dist.ProcessGroup), "a member gets its group"
-                    self._groups[channel] = group
+            group = mesh.channel_group(channel.sender, channel.receiver)
+            if group.handle is not None:
+                self._groups[channel] = group.handle
         self._sends: deque[tuple[dist.Work, Tensor]] = deque()
         self._posted: dict[Product, tuple[dist.Work, Tensor]] = {}
         self._waiting: dict[Channel, deque[Product]] = {}

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm.partition import CHANNEL, capped, expert_share
 from counterflow.errors import CounterflowError
 
 Value = TypeVar("Value")
@@ -61,6 +62,8 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     expert: int = 1
     """Data ranks that share a layer's experts; divides `data`."""
+    multiprocessors: int = 0
+    """Of each GPU, for all communication during a pass; 0: no bound."""
 
     @property
     def size(self) -> int:
@@ -81,6 +84,11 @@ class Mesh:
     def expert_rank(self) -> int:
         """Which part of the experts this rank holds."""
         return self.data_rank % self.expert
+
+    @property
+    def expert_multiprocessors(self) -> int:
+        """What of the bound is for tokens on their way to experts; 0: no bound."""
+        return expert_share(self.multiprocessors, self.pipeline > 1)
 
     @property
     def first(self) -> bool:
@@ -112,17 +120,29 @@ class Mesh:
                 if ranks in made:
                     continue
                 made.add(ranks)
-                group = self._group(ranks)
+                group = self._group(ranks, self.expert_multiprocessors)
                 own = group if group.index >= 0 else own
         assert own is not None, "every rank is in one of the groups"
         return own
 
-    def _group(self, members: Iterable[int]) -> Group:
+    def channel_group(self, sender: int, receiver: int) -> Group:
+        """Two rows' ranks with one data index, for a pipeline channel. A collective like `group`."""
+        own = None
+        for index in range(self.data):
+            group = self._group(
+                [row * self.data + index for row in (sender, receiver)], self.multiprocessors and CHANNEL
+            )
+            own = group if own is None or group.index >= 0 else own
+        assert own is not None, "there is a data rank"
+        return own
+
+    def _group(self, members: Iterable[int], multiprocessors: int = 0) -> Group:
+        """A group whose NCCL kernels take at most so many multiprocessors; 0: no bound."""
         ranks = tuple(members)
         place = ranks.index(self.rank) if self.rank in ranks else -1
         if len(ranks) == 1:
             return Group(ranks, place)
-        handle = dist.new_group(list(ranks))
+        handle = dist.new_group(list(ranks), pg_options=capped(multiprocessors, self.device))
         return Group(ranks, place, handle if isinstance(handle, dist.ProcessGroup) and place >= 0 else None)
 
     def sum(self, value: Tensor) -> Tensor:

@@ -120,7 +120,8 @@ def joined(parallel: Parallel, device_type: str) -> Iterator[Mesh]:
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    yield Mesh(parallel.pipeline, parallel.data, rank, device, parallel.expert)
+    bound = parallel.multiprocessors
+    yield Mesh(parallel.pipeline, parallel.data, rank, device, parallel.expert, bound)
     dist.destroy_process_group()
 
 

@@ -61,7 +61,7 @@ def open_dispatcher(run: RunConfig, mesh: Mesh) -> Dispatcher:
         run.model.num_routed_experts,
         parallel.dispatch_fp8,
         tokens,
-        parallel.multiprocessors,
+        mesh.expert_multiprocessors,
         math.ceil(parallel.dispatch_room * tokens),
     )
     return DISPATCHERS[parallel.dispatch](peers, terms)

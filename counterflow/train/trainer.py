@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.mesh import Mesh
+from counterflow.comm.partition import carve
 from counterflow.config.model import ModelConfig
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
@@ -48,6 +49,7 @@ class Trainer:
 
     def __init__(self, run: RunConfig, samples: Samples, mesh: Mesh) -> None:
         self.run, self.samples, self.mesh, self.device = run, samples, mesh, mesh.device
+        carve(run.parallel.multiprocessors, self.device)
         self.pipeline = Pipelined(run, mesh) if mesh.pipeline > 1 else None
         self.model = self.pipeline.model if self.pipeline else whole_model(run, mesh)
         self.model.dispatcher = self.dispatcher = open_dispatcher(run, mesh)

@@ -1,0 +1,167 @@
+"""`counterflow bench all-to-all`, `overlap`, `rates`: what transfers cost here, what hides them, the planner's rates.
+
+A bench takes every GPU of the machine, one process each, or a few processes on a CPU; under torchrun or Slurm the
+processes are theirs.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from counterflow.benchmark.all_to_all import AllToAll
+from counterflow.benchmark.pair import Overlap
+from counterflow.benchmark.rates import RatesSettings, measure_rates, rates_toml
+from counterflow.errors import ConfigError, nearest
+
+CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a bench runs and what it leaves."""
+
+    ranks: int = 0
+    """Processes; 0: one for every GPU, two on a CPU."""
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    folder: Path | None = None
+    """For the numbers as JSON and the pictures."""
+
+
+@dataclass(frozen=True)
+class AllToAllBench:
+    """Dispatch and combine by every backend that works here, against plain copies over the same link."""
+
+    place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
+    wish: Annotated[AllToAll, tyro.conf.arg(name="")] = field(default_factory=AllToAll)
+
+
+@dataclass(frozen=True)
+class OverlapBench:
+    """The overlapped pair of Figure 4: what its transfers add to its computation, with every backend named."""
+
+    place: Annotated[Place, tyro.conf.arg(name="")] = field(default_factory=Place)
+    wish: Annotated[Overlap, tyro.conf.arg(name="")] = field(default_factory=Overlap)
+
+
+@dataclass(frozen=True)
+class RatesBench:
+    """What this machine reaches at a model's shapes, as a file that `counterflow plan --hardware` reads."""
+
+    settings: Annotated[RatesSettings, tyro.conf.arg(name="")] = field(default_factory=RatesSettings)
+    output: Path | None = None
+    """The file; none: printed."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One of the benches."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: counterflow bench BENCH ...\n")
+        for name, (_, line) in BENCHES.items():
+            print(f"  {name:12}{line}")
+        print("\n`counterflow bench BENCH --help` says more of one.")
+        return 0
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in BENCHES:
+        raise ConfigError(
+            f"'{name}' is no bench; {nearest(name, BENCHES)} `counterflow bench --help` lists them."
+        )
+    return BENCHES[name][0](rest)
+
+
+def _all_to_all(arguments: list[str]) -> int:
+    asked = tyro.cli(AllToAllBench, prog="counterflow bench all-to-all", args=arguments)
+    place = asked.place
+
+    def act(mesh: Any) -> None:
+        from counterflow.benchmark.all_to_all import all_to_all
+        from counterflow.benchmark.shown import focus, picture, table
+        from counterflow.progress import watched
+
+        steps = all_to_all(asked.wish, mesh)
+        steps = watched(steps, "sizes", len(asked.wish.tokens) + 1) if mesh.first else steps
+        for result in steps:
+            if mesh.first and place.folder:
+                write(place.folder, asdict(asked.wish), result, picture(result))
+        if mesh.first:
+            show(f"{focus(result)} tokens a rank, {mesh.size} ranks", table(result, focus(result)))
+            print("\n".join(result["notes"]))
+
+    return _on_ranks(place, ["bench", "all-to-all", *arguments], act)
+
+
+def _overlap(arguments: list[str]) -> int:
+    asked = tyro.cli(OverlapBench, prog="counterflow bench overlap", args=arguments)
+    place = asked.place
+
+    def act(mesh: Any) -> None:
+        from counterflow.benchmark.pair_result import overlap, table, timelines
+        from counterflow.progress import watched
+
+        steps = overlap(asked.wish, mesh)
+        for result in watched(steps, "contenders") if mesh.first else steps:
+            if mesh.first and place.folder:
+                numbers = {key: value for key, value in result.items() if key != "timelines"}
+                write(place.folder, asdict(asked.wish), numbers, timelines(result))
+        if mesh.first:
+            show(f"a pair, {mesh.size} expert ranks", table(result))
+            print("\n".join(result["notes"]))
+
+    return _on_ranks(place, ["bench", "overlap", *arguments], act)
+
+
+def _rates(arguments: list[str]) -> int:
+    asked = tyro.cli(RatesBench, prog="counterflow bench rates", args=arguments)
+    text = rates_toml(asked.settings, measure_rates(asked.settings))
+    if asked.output is None:
+        print(text, end="")
+        return 0
+    asked.output.parent.mkdir(parents=True, exist_ok=True)
+    asked.output.write_text(text)
+    print(f"{asked.output}: counterflow plan --hardware {asked.output} reads it")
+    return 0
+
+
+def _on_ranks(place: Place, words: list[str], act: Callable[[Any], None]) -> int:
+    import torch
+
+    from counterflow.train.launch import on_ranks, started
+
+    cuda = torch.cuda.is_available() and place.device != "cpu"
+    ranks = place.ranks or started() or (torch.cuda.device_count() if cuda else CPU_RANKS)
+    return on_ranks(ranks, place.device, words, act)
+
+
+def write(folder: Path, wish: Mapping[str, Any], result: Mapping[str, Any], picture: str) -> None:
+    """Numbers and picture, anew after every size, so that a run that is cut off leaves what it has."""
+    from counterflow.train.provenance import provenance
+
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"settings": wish, "provenance": provenance(), **result}
+    (folder / "raw.json").write_text(json.dumps(whole, indent=1))
+    if picture:
+        (folder / "picture.svg").write_text(picture)
+
+
+def show(title: str, lines: Sequence[Sequence[str]]) -> None:
+    """A table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left")
+    for place, word in enumerate(lines[0]):
+        drawn.add_column(word, justify="right" if place else "left", no_wrap=True)
+    for line in lines[1:]:
+        drawn.add_row(*line)
+    Console(width=None if Console().is_terminal else 140).print(drawn)
+
+
+BENCHES: Mapping[str, tuple[Callable[[list[str]], int], str]] = {
+    "all-to-all": (_all_to_all, "dispatch and combine by every backend, against plain copies"),
+    "overlap": (_overlap, "a forward and a backward chunk that hide each other's transfers"),
+    "rates": (_rates, "the machine's rates at a model's shapes, for the planner"),
+}
