@@ -304,7 +304,7 @@ def test_rows_without_room_are_an_error_on_every_rank():
 def test_deep_ep_says_in_one_line_why_it_cannot_be_used():
     if find_spec("deep_ep"):
         pytest.skip("DeepEP is installed")
-    with pytest.raises(ConfigError, match=r"No module named 'deep_ep'.*set parallel.dispatch to nvlink"):
+    with pytest.raises(ConfigError, match=r"No module named 'deep_ep'.*set dispatch to nvlink"):
         DISPATCHERS["deep_ep"](thread_peers(2)[0], Terms(8))
 
 
