@@ -4,10 +4,10 @@ python bench/ablate_mtp.py --seeds 0 1 2 3 4 --json records/DATE-mtp/raw.json tr
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from counterflow.benchmark.ablate import MTP, study, summary
+from counterflow.benchmark.saved import save
 from counterflow.train.provenance import provenance
 
 
@@ -24,9 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = study(arguments.run, arguments.overrides, MTP, arguments.seeds, arguments.jobs)
     print("\n" + summary(rows))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"provenance": provenance(), "rows": rows}))
+    save(arguments.json, {"provenance": provenance(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ python bench/bubble.py --ranks 8 --microbatches 16 --unit 0.5 --repeats 5 --fold
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 from counterflow.benchmark.bubble import PLAN, idle_of, measure, seconds
+from counterflow.benchmark.saved import save
 from counterflow.schedule import SCHEDULES, picture
 from counterflow.schedule.measure import idle
 from counterflow.schedule.simulate import Costs, makespan, simulate, simulate_ops
@@ -66,7 +66,7 @@ def main() -> None:
             "provenance": made,
             "rows": rows,
         }
-        (arguments.folder / "raw.json").write_text(json.dumps(raw, indent=1))
+        save(arguments.folder / "raw.json", raw)
 
 
 if __name__ == "__main__":

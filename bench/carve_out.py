@@ -7,7 +7,6 @@ python bench/carve_out.py --json records/DATE-carve-out/raw.json
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from counterflow.benchmark.rounds import alone
+from counterflow.benchmark.saved import save
 from counterflow.comm.partition import carve
 from counterflow.kernels.grouped import add_grouped_product, grouped_matmul
 from counterflow.kernels.product import add_product
@@ -39,20 +40,6 @@ def products(scale: int) -> dict[str, Callable[[], object]]:
         "grouped": lambda: grouped_matmul(x, weights, ends),
         "grouped, weight gradient": lambda: add_grouped_product(totals, x, y, ends),
     }
-
-
-def timed(act: Callable[[], object], rounds: int) -> float:
-    """Median seconds by events."""
-    times = []
-    for number in range(rounds + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        act()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
 
 
 def beside(act: Callable[[], object], stranger: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -98,20 +85,18 @@ def main() -> None:
             carve(carved, torch.device("cuda"))
             programs = carved or 8
             copy = partial(copy_triton.push, [(source, target)], programs)
-            moved = timed(copy, arguments.rounds)
+            moved = statistics.median(alone(copy, arguments.rounds))
             for name, act in acts.items():
-                alone = timed(act, arguments.rounds)
+                by_itself = statistics.median(alone(act, arguments.rounds))
                 waits, both = beside(act, copy, arguments.rounds)
-                row = {"library": library, "carved": carved, "product": name, "seconds": alone}
+                row = {"library": library, "carved": carved, "product": name, "seconds": by_itself}
                 rows.append({**row, "copy_alone_s": moved, "copy_beside_s": waits, "four_beside_s": both})
                 print(
-                    f"{library:9} carved {carved:3} {name:26} {alone * 1e6:7.0f} µs alone; a copy of {programs:2} "
+                    f"{library:9} carved {carved:3} {name:26} {by_itself * 1e6:7.0f} µs alone; a copy of {programs:2} "
                     f"programs {moved * 1e6:6.0f} µs alone, {waits * 1e6:6.0f} beside four of them",
                     flush=True,
                 )
-            if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps({"provenance": made, "rows": rows}, indent=1))
+            save(arguments.json, {"provenance": made, "rows": rows})
 
 
 if __name__ == "__main__":

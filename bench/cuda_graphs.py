@@ -7,7 +7,6 @@ engine writes its texts once before it is timed.
 """
 
 import argparse
-import json
 import random
 import statistics
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from counterflow.benchmark.saved import save
 from counterflow.benchmark.speculative import timed
 from counterflow.config.models import MODELS
 from counterflow.convert.load import empty_model
@@ -77,9 +77,7 @@ def main() -> None:
                 f"step {step * 1e3:6.2f} ms, drafting {draft * 1e3:5.2f}",
                 flush=True,
             )
-        if wish.json:
-            wish.json.parent.mkdir(parents=True, exist_ok=True)
-            wish.json.write_text(json.dumps(raw, indent=1))
+        save(wish.json, raw)
 
 
 if __name__ == "__main__":

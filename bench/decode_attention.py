@@ -4,32 +4,25 @@ python bench/decode_attention.py [--json records/DATE-decode-attention/raw.json]
 """
 
 import argparse
-import json
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from counterflow.benchmark.rounds import alone
+from counterflow.benchmark.saved import save
 from counterflow.kernels.decode import decode_attention, reference
 from counterflow.train.provenance import provenance
 
 LATENT, ROTARY, SIZE = 512, 64, 64
 
 
-def median_ms(act, repeats: int = 20) -> float:
-    """Of one call, by events; the L2 cache is flushed before each."""
+def median_ms(act: Callable[[], object]) -> float:
+    """Of one call; the L2 cache is flushed before each."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(repeats + 3):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        act()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[3:])
+    return 1e3 * statistics.median(alone(act, 20, flush.zero_))
 
 
 def limits() -> tuple[float, float]:
@@ -79,10 +72,7 @@ def main() -> None:
                     row["error"] = ((got - want).float().abs().max() / want.float().abs().max()).item()
                 rows.append(row)
                 print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        raw = {"copy": copy, "product": product, "rows": rows, "provenance": provenance()}
-        arguments.json.write_text(json.dumps(raw, indent=1))
+    save(arguments.json, {"copy": copy, "product": product, "rows": rows, "provenance": provenance()})
 
 
 if __name__ == "__main__":

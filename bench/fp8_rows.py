@@ -4,32 +4,20 @@ python bench/fp8_rows.py [--json records/DATE-fp8-rows/raw.json]
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
 
+from counterflow.benchmark.rounds import alone
+from counterflow.benchmark.saved import save
 from counterflow.kernels import fp8
 from counterflow.train.provenance import provenance
 
 
-def microseconds(act, repeats: int) -> list[float]:
-    """Of single calls on a busy device, so that the host's launching is hidden; the first three are not counted."""
-    times = []
-    for _ in range(repeats + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(3_000_000)
-        start.record()
-        act()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return times[3:]
-
-
 def compare(tokens: int, width: int, repeats: int) -> dict[str, list[float]]:
-    """The contenders take turns: what disturbs one round disturbs all."""
+    """Microseconds of each, in turn: what disturbs one round disturbs all. The device sleeps before each call, so that
+    the host's launching is hidden."""
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     packed, out = fp8.quantise(x), torch.empty_like(x)
     acts = {
@@ -42,7 +30,7 @@ def compare(tokens: int, width: int, repeats: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(repeats):
         for name, act in acts.items():
-            found[name] += microseconds(act, 5)
+            found[name] += [1e6 * each for each in alone(act, 5, lambda: torch.cuda._sleep(3_000_000))]
     return found
 
 
@@ -56,9 +44,7 @@ def main() -> None:
     for tokens in (128, 1024, 4096, 16384):
         found = result["microseconds"][tokens] = compare(tokens, 7168, arguments.repeats)
         print(f"{tokens} x 7168:", *(f"{name} {statistics.median(us):.0f}," for name, us in found.items()))
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1))
+        save(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Usage: python bench/fuzz_equality.py [--draws 240] [--seed 0] [--grid] [--json F
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.progress import track
 
 from counterflow.benchmark import equality_experts
 from counterflow.benchmark.equality import Layout, compare, draw, small_model
+from counterflow.benchmark.saved import save
 from counterflow.schedule import SCHEDULES
 
 
@@ -77,8 +77,7 @@ def main() -> int:
     print(
         f"largest relative difference where the order of sums is another: {max(r.get('summed', 0) for r in rows):.2e}"
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"shares": shares, "failed": failed, "rows": rows}, indent=1))
+    save(arguments.json, {"shares": shares, "failed": failed, "rows": rows})
     return 1 if failed else 0
 
 

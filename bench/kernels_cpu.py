@@ -4,7 +4,6 @@ python bench/kernels_cpu.py --json records/DATE-cpu-kernels/raw.json
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from counterflow.benchmark.saved import save
 from counterflow.kernels.attention import attention
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.kernels.norm import rms_norm
@@ -92,11 +92,7 @@ def main() -> None:
     for name, times in results.items():
         print(f"{name:48}{statistics.median(times):9.3f} ms, {min(times):.3f} to {max(times):.3f}")
     print(f"norm of 10M at once is off by {error:.1e}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"provenance": provenance(), "milliseconds": results, "error": error})
-        )
+    save(arguments.json, {"provenance": provenance(), "milliseconds": results, "error": error})
 
 
 if __name__ == "__main__":

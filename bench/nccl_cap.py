@@ -4,6 +4,7 @@ python bench/nccl_cap.py
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ def main() -> None:
         one = torch.ones(1 << 20, device=device)
         dist.all_reduce(one, group=group)
         torch.cuda.synchronize()
-        found = group._get_backend(device).options
+        found: Any = group._get_backend(device).options
         print(f"{wanted} multiprocessors: max_ctas {found.config.max_ctas}, min_ctas {found.config.min_ctas}")
         if options is not None:
             assert found.config.max_ctas == options.config.max_ctas <= wanted

@@ -1,11 +1,11 @@
 """How well do byte n-grams predict the held-out text? python bench/ngram.py [PATH ...] [--json FILE]"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from counterflow.benchmark.ngram import measure
+from counterflow.benchmark.saved import save
 from counterflow.config.run import Data, Source
 from counterflow.errors import CounterflowError
 from counterflow.units import bytes_, seconds
@@ -36,8 +36,7 @@ def main() -> int:
         f"trained on {bytes_(found['train_bytes'])}, measured on {bytes_(found['held_out_bytes'])}, "
         f"in {seconds(found['seconds'])}"
     )
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    save(args.json, found)
     return 0
 
 

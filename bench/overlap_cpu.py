@@ -4,13 +4,13 @@ python bench/overlap_cpu.py --unit 0.02 --layers 8 --repeats 5 --json records/DA
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
 
 from counterflow.benchmark.overlap import pair_lanes, pair_seconds
+from counterflow.benchmark.saved import save
 from counterflow.train.provenance import provenance
 
 
@@ -42,12 +42,7 @@ def main() -> None:
             f"longer lane; in turn {in_turn:.3f} s, {in_turn / (compute * (1 + ratio)):.3f} of the sum",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        arguments.json.write_text(
-            json.dumps({"settings": settings, "provenance": made, "rows": rows}, indent=1)
-        )
+    save(arguments.json, {"settings": vars(arguments), "provenance": made, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.progress import track
 
+from counterflow.benchmark.saved import save
 from counterflow.config.load import load_run
 from counterflow.plan.layout import schedule_of
 from counterflow.plan.stages import stage_plans
@@ -131,7 +132,7 @@ def main() -> None:
         print(line)
     settings = {key: str(value) for key, value in vars(arguments).items()}
     raw = {"settings": settings, "provenance": made, "rows": rows}
-    (arguments.folder / "raw.json").write_text(json.dumps(raw, indent=1))
+    save(arguments.folder / "raw.json", raw)
 
 
 if __name__ == "__main__":

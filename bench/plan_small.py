@@ -10,16 +10,16 @@ python bench/plan_small.py --folder records/DATE-plan-small        (one GPU)
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from counterflow.benchmark.rates import RatesSettings, measure_rates, rates_toml
+from counterflow.benchmark.saved import save
+from counterflow.benchmark.steps import RandomTokens, seconds_of_steps
 from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
@@ -35,18 +35,6 @@ from counterflow.train.trainer import Trainer
 SCHEDULES = ("dualpipev", "zb1p", "1f1b")
 
 
-class RandomTokens:
-    """Samples of random tokens: what they say does not change how long a step takes."""
-
-    def __init__(self, run: RunConfig) -> None:
-        self.length, self.vocab = run.data.sequence_length, run.model.vocab_size
-
-    def train(self, first: int, count: int) -> torch.Tensor:
-        """(count, length + 1)."""
-        generator = torch.Generator().manual_seed(first)
-        return torch.randint(self.vocab, (count, self.length + 1), generator=generator)
-
-
 def trained(run: RunConfig, device: torch.device, steps: int) -> tuple[list[float], int]:
     """Seconds of the steps after the first three, and the most bytes that were allocated."""
     mesh = Mesh(device=device)
@@ -56,16 +44,8 @@ def trained(run: RunConfig, device: torch.device, steps: int) -> tuple[list[floa
     trainer.pipeline = pipelined
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    found = []
-    for _ in range(steps + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        trainer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return found[3:], torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    seconds = seconds_of_steps(trainer, 3, steps)
+    return seconds, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
 
 
 def file_of(run: RunConfig, device: torch.device, base: str) -> str:
@@ -128,9 +108,8 @@ def main() -> None:
             run = load_run(asked.model, [*words, f"parallel.schedule={name}"])
             rows.append(compared(run, file, device, 0 if asked.rates else asked.steps))
             if asked.folder:
-                asked.folder.mkdir(parents=True, exist_ok=True)
+                save(asked.folder / "raw.json", raw)
                 (asked.folder / "card.toml").write_text(text)
-                (asked.folder / "raw.json").write_text(json.dumps(raw, indent=1) + "\n")
             gc.collect()  # a trainer refers to itself: the next one's peak would hold this one's tensors
             if device.type == "cuda":
                 torch.cuda.empty_cache()

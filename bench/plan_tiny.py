@@ -9,16 +9,16 @@ that a gap has a place. Best run alone: `nice -n -10 python bench/plan_tiny.py -
 import argparse
 import json
 import os
-import socket
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 
+from counterflow.benchmark.processes import on_processes
 from counterflow.benchmark.rates import (
     RatesSettings,
     free_heap_bytes,
@@ -26,6 +26,8 @@ from counterflow.benchmark.rates import (
     rates_toml,
     resident_bytes,
 )
+from counterflow.benchmark.saved import save
+from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.kernels.memory import keep_freed_memory
@@ -34,8 +36,7 @@ from counterflow.plan.cost import Costs, Step, predict
 from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Layout, job_of
 from counterflow.plan.memory import Memory, memory
-from counterflow.schedule.words import TRANSFERS
-from counterflow.train.launch import joined
+from counterflow.schedule.words import TRANSFERS, Op, Span
 from counterflow.train.loop import open_samples
 from counterflow.train.provenance import provenance
 from counterflow.train.trainer import Trainer
@@ -45,49 +46,45 @@ WARM_UP = 3
 """Steps that are not counted: products are compiled, memory grows."""
 
 
-def _rank(rank: int, run: RunConfig, port: int, steps: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+def _rank(mesh: Mesh, run: RunConfig, steps: int, folder: str) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    phases, clock, used = {"imports": resident_bytes()}, [], []
-    with joined(run.parallel, "cpu") as mesh:
-        samples = open_samples(run, mesh)
-        phases["group and text"] = resident_bytes()
-        trainer = Trainer(run, samples, mesh)
-        phases["model and optimizer"] = resident_bytes()
-        for number in range(WARM_UP + steps):
-            if number == 1:
-                phases["first step"] = resident_bytes("VmHWM")
-            mesh.barrier()
-            before = time.perf_counter(), time.process_time()
-            trainer.step()
-            clock.append(time.perf_counter() - before[0])
-            used.append(time.process_time() - before[1])
-        phases["peak"] = resident_bytes("VmHWM")
-        phases["free in the heap between steps"] = free_heap_bytes()
-        recorder = Recorder(torch.device("cpu"))
-        trainer.step(recorder)
-        ops = [
-            (span.what.kind, span.what.part, span.what.layer, span.end - span.start)
-            for span in recorder.spans()
-        ]
+    phases, clock, used = {"imports and group": resident_bytes()}, [], []
+    samples = open_samples(run, mesh)
+    phases["text"] = resident_bytes()
+    trainer = Trainer(run, samples, mesh)
+    phases["model and optimizer"] = resident_bytes()
+    for number in range(WARM_UP + steps):
+        if number == 1:
+            phases["first step"] = resident_bytes("VmHWM")
+        mesh.barrier()
+        before = time.perf_counter(), time.process_time()
+        trainer.step()
+        clock.append(time.perf_counter() - before[0])
+        used.append(time.process_time() - before[1])
+    phases["peak"] = resident_bytes("VmHWM")
+    phases["free in the heap between steps"] = free_heap_bytes()
+    recorder = Recorder(torch.device("cpu"))
+    trainer.step(recorder)
+    ops = [(op.kind, op.part, op.layer, seconds) for op, seconds in ops_of(recorder.spans())]
     found = {
         "phases": phases,
         "clock_s": clock[WARM_UP:],
         "processor_s": used[WARM_UP:],
         "ops": ops,
     }
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(found))
+
+
+def ops_of(spans: Iterable[Span]) -> list[tuple[Op, float]]:
+    """Each op with its seconds."""
+    return [(span.what, span.end - span.start) for span in spans if isinstance(span.what, Op)]
 
 
 def trained(run: RunConfig, steps: int) -> list[dict]:
     """What each of the two ranks measured."""
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        mp.spawn(_rank, (run, port, steps, folder), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        on_processes(_rank, run.parallel, "cpu", run, steps, folder)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -99,10 +96,9 @@ def by_op(step: Step, ranks: list[dict]) -> dict[str, dict[str, float]]:
     def name(kind: str, part: str, layer: int) -> str:
         return f"{part} {kind}" + (" dense" if part in ("ATTN", "MLP") and not model.is_moe(layer) else "")
 
-    for span in step.spans:
-        if span.what.part not in TRANSFERS:
-            op = span.what
-            table[name(op.kind, op.part, op.layer)]["predicted_s"] += span.end - span.start
+    for op, seconds in ops_of(step.spans):
+        if op.part not in TRANSFERS:
+            table[name(op.kind, op.part, op.layer)]["predicted_s"] += seconds
     for rank in ranks:
         for kind, part, layer, seconds in rank["ops"]:
             if part not in TRANSFERS:
@@ -179,10 +175,8 @@ def main() -> None:
             costs = Costs(job_of(run), Layout(2, 1, 1, 4, name), hardware(file=str(file)))
             rows.append(compared(run, costs, asked.steps))
     if asked.folder:
-        asked.folder.mkdir(parents=True, exist_ok=True)
+        save(asked.folder / "raw.json", {"rows": rows, "machine": provenance()})
         (asked.folder / "cpu.toml").write_text(text)
-        raw = {"rows": rows, "machine": provenance()}
-        (asked.folder / "raw.json").write_text(json.dumps(raw, indent=1) + "\n")
 
 
 if __name__ == "__main__":

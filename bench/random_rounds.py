@@ -1,18 +1,19 @@
 """Does any of 1,000 random rounds with a late rank give other rows, outputs or gradients than one rank alone?
 
-python bench/random_rounds.py --device cpu --ranks 4 --backends collective two_hop --folder records/DATE-rounds
+python bench/random_rounds.py --ranks 4 --backends collective two_hop --folder records/DATE-rounds
 """
 
 import argparse
-import json
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from counterflow.benchmark.processes import on_devices
+from counterflow.benchmark.processes import on_processes
 from counterflow.benchmark.random_rounds import RandomRounds, random_rounds
+from counterflow.benchmark.saved import save
 from counterflow.comm.mesh import Mesh
+from counterflow.config.run import Parallel
 from counterflow.train.provenance import provenance
 
 
@@ -24,13 +25,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="*", default=["collective", "two_hop"])
     parser.add_argument("--rounds", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     for backend in asked.backends:
         wish = RandomRounds(backend, asked.rounds, seed=asked.seed)
-        on_devices(bench, asked.ranks, asked.device, wish, asked.folder)
+        on_processes(bench, Parallel(data=asked.ranks, expert=asked.ranks), asked.device, wish, asked.folder)
 
 
 def bench(mesh: Mesh, wish: RandomRounds, folder: Path | None) -> None:
@@ -48,9 +49,8 @@ def bench(mesh: Mesh, wish: RandomRounds, folder: Path | None) -> None:
         flush=True,
     )
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
         whole = {"settings": asdict(wish), "ranks": mesh.size, "provenance": provenance(), "rows": rows}
-        (folder / f"{wish.backend}.json").write_text(json.dumps(whole, indent=0))
+        save(folder / f"{wish.backend}.json", whole)
 
 
 if __name__ == "__main__":

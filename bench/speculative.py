@@ -8,7 +8,6 @@ modules.
 """
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from counterflow.benchmark import packages
+from counterflow.benchmark.saved import save
 from counterflow.benchmark.speculative import held_out, rounds, stretches, summary, teacher_forced
 from counterflow.infer.engine import EngineSettings
 from counterflow.infer.place import placed
@@ -110,14 +110,7 @@ def measured(
             flush=True,
         )
         raw.setdefault("summary", []).append({"temperature": temperature, "graphs": graphs, **row})
-    save(wish, raw)
-
-
-def save(wish: argparse.Namespace, raw: dict[str, Any]) -> None:
-    """What there is so far."""
-    if wish.json:
-        wish.json.parent.mkdir(parents=True, exist_ok=True)
-        wish.json.write_text(json.dumps(raw, indent=1, default=str))
+    save(wish.json, raw)
 
 
 def judged(
@@ -146,7 +139,7 @@ def judged(
             row["failed"] = speed = repr(error)
         raw["transformers"]["rows"].append(row)
         print(f"transformers, batch {batch}, use_mtp {use_mtp}: {speed}", flush=True)
-        save(wish, raw)
+        save(wish.json, raw)
 
 
 def written(

@@ -4,11 +4,11 @@ python bench/train_step_cpu.py --json records/DATE-train-step-cpu/raw.json
 """
 
 import argparse
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
+from counterflow.benchmark.saved import save
 from counterflow.benchmark.train_step import CONTENDERS, Setting, compare, floor
 from counterflow.config.models import MODELS
 from counterflow.train.provenance import provenance
@@ -65,9 +65,7 @@ def main() -> None:
             f"{ours['median'] / theirs['median']:>7.2f}{share:>10.0%}  "
             f"{bytes_(ours['peak_bytes'])}, {bytes_(theirs['peak_bytes'])}"
         )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1))
+    save(arguments.json, {"provenance": provenance(), "rows": rows})
 
 
 if __name__ == "__main__":

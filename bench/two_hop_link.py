@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from counterflow.benchmark.saved import save
+
 NAME, NET, BRIDGE = "cf-node", "10.83.7", "cf-bridge"
 WAYS = ("a copy for every expert", "one for every rank", "two hops")
 
@@ -156,12 +158,7 @@ def main() -> None:
             f"{way:24} {statistics.median(slowest) * 1e3:7.0f} ms ({min(slowest) * 1e3:.0f} to "
             f"{max(slowest) * 1e3:.0f}); {rows:.0f} rows a rank over the slow link, out"
         )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        arguments.json.write_text(
-            json.dumps({"settings": settings, "provenance": made, "ranks": ranks}, indent=1)
-        )
+    save(arguments.json, {"settings": vars(arguments), "provenance": made, "ranks": ranks})
 
 
 if __name__ == "__main__":

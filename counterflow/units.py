@@ -1,4 +1,6 @@
-"""Numbers as people write them: 671.03 B, 1.5 GiB, 3 min 20 s."""
+"""Numbers as people write them, 671.03 B, 1.5 GiB, 3 min 20 s, and tables of them in plain text."""
+
+from collections.abc import Sequence
 
 
 def count(value: float) -> str:
@@ -30,3 +32,17 @@ def seconds(value: float) -> str:
         if whole >= size:
             return f"{whole // size} {sign} {whole % size // small} {small_sign}"
     return f"{value:.1f} s"
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest word: the first and the last to the left, numbers to the right."""
+    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
+    lines: list[str] = []
+    for row in table:
+        ends = (0, len(row) - 1)
+        cells = [
+            f"{cell:<{width}}" if place in ends else f"{cell:>{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -16,6 +16,7 @@ from torch import Tensor
 from counterflow.benchmark.ceilings import Ceilings
 from counterflow.benchmark.processes import NO_LINK, share_a_gpu
 from counterflow.benchmark.rounds import Rounds, middle
+from counterflow.benchmark.routings import drawn
 from counterflow.benchmark.vdev import vdev_2d
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.dispatch import Dispatcher, Route, Terms
@@ -23,7 +24,6 @@ from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
 from counterflow.errors import CounterflowError
 
-ROUTINGS = ("uniform", "node-limited", "skewed")
 OWN_KERNELS = ("nvlink", "copy_engine")
 SCALE = 128
 """Numbers that share a scale in FP8."""
@@ -45,7 +45,7 @@ class AllToAll:
     backends: tuple[str, ...] = ()
     """None: all that work here."""
     routing: str = "uniform"
-    """uniform, node-limited (half of the ranks) or skewed."""
+    """uniform, node-limited (half of the ranks), skewed, one expert, or empty rank."""
     rounds: int = 20
     warmups: int = 20
     seed: int = 0
@@ -89,13 +89,7 @@ def routes(wish: AllToAll, mesh: Mesh, tokens: int) -> list[Tensor]:
 
 def _ids(wish: AllToAll, mesh: Mesh, tokens: int, rank: int) -> Tensor:
     generator = torch.Generator().manual_seed(wish.seed * 1000 + rank)
-    scores = torch.rand(tokens, wish.experts, generator=generator)
-    if wish.routing == "node-limited":
-        half = torch.randint(2, (tokens, 1), generator=generator)
-        scores += (torch.arange(wish.experts) // (wish.experts // 2) == half) * 1.0
-    elif wish.routing == "skewed":
-        scores *= torch.arange(1, wish.experts + 1).float() ** -0.5
-    return scores.topk(wish.top, dim=-1).indices
+    return drawn(wish.routing, tokens, wish.experts, wish.top, mesh.size, generator)
 
 
 def wire_rows(ids: Sequence[Tensor], experts: int) -> list[list[int]]:

@@ -3,18 +3,17 @@
 So eight ranks fit on two cores, and what is measured is the schedule: every rank's idle time beside the simulated one.
 """
 
-import os
-import socket
 import time
 from collections.abc import Sequence
+from multiprocessing import get_context
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from counterflow.benchmark.processes import on_processes
 from counterflow.comm.channels import ProcessChannels
 from counterflow.comm.mesh import Mesh
+from counterflow.config.run import Parallel
 from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Pass, StepSettings, Sums
@@ -56,34 +55,28 @@ def seconds(costs: Costs, op: Op) -> float:
 
 def measure(schedule: Schedule, costs: Costs, repeats: int) -> list[list[Span]]:
     """The measured spans of every repeat, all ranks' together, in seconds from each repeat's first start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
+    with get_context("spawn").Manager() as manager:
         found = manager.dict()
-        mp.spawn(_rank, (schedule, costs, repeats, port, found), nprocs=schedule.ranks)
+        on_processes(_rank, Parallel(pipeline=schedule.ranks), "cpu", schedule, costs, repeats, found)
         return [
             [span for rank in range(schedule.ranks) for span in found[rank, repeat]]
             for repeat in range(repeats)
         ]
 
 
-def _rank(rank: int, schedule: Schedule, costs: Costs, repeats: int, port: int, found: dict) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+def _rank(mesh: Mesh, schedule: Schedule, costs: Costs, repeats: int, found: dict) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=schedule.ranks)
-    sent = transfers(schedule)
-    channels = ProcessChannels(Mesh(schedule.ranks, 1, rank), sent, torch.float32)
+    rank, sent = mesh.rank, transfers(schedule)
+    channels = ProcessChannels(mesh, sent, torch.float32)
     recorder = Recorder(torch.device("cpu"))
     executor = Executor(schedule, rank, {s: Sleeper(costs) for s in schedule.held(rank)}, channels, recorder)
     for repeat in range(repeats):
-        dist.barrier()
+        mesh.barrier()
         recorder.clear()
         channels.begin(sent, lambda product: SHAPE)
         executor.run(_no_tokens, StepSettings(1, 1, 1.0))
         channels.end()
         found[rank, repeat] = recorder.spans()
-    dist.destroy_process_group()
 
 
 def _no_tokens(pipe: int, mb: int) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from counterflow.benchmark.equality import relative_error
+from counterflow.benchmark.routings import ROUTINGS, drawn
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.dispatch import Dispatcher, Route, Terms
 from counterflow.comm.local import Local
@@ -21,7 +22,6 @@ from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
 from counterflow.model.experts import Experts
 
-ROUTINGS = ("uniform", "node-limited", "skewed", "one expert", "empty rank")
 EACH = 4
 """Experts of a rank."""
 WIDTH, INNER, TOP = 7, 5, 3
@@ -57,20 +57,10 @@ class Given:
 def given(routing: str, tokens: int, ranks: int, seed: int) -> Given:
     """Drawn from `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    experts = EACH * ranks
-    scores = torch.rand(tokens, experts, generator=generator)
-    if routing == "node-limited":
-        half = torch.randint(2, (tokens, 1), generator=generator)
-        scores += (torch.arange(experts) // (experts // 2) == half) * 2.0
-    elif routing == "skewed":
-        scores *= 1.0 / torch.arange(1, experts + 1)
-    elif routing == "one expert":
-        scores[:, 0] = 2.0
-    elif routing == "empty rank":
-        scores[:, :EACH] = -1.0
+    ids = drawn(routing, tokens, EACH * ranks, TOP, ranks, generator)
     x, into, dout = (torch.randn(tokens, WIDTH, generator=generator) for _ in range(3))
     gates = torch.rand(tokens, TOP, generator=generator)
-    return Given(x, gates, scores.topk(TOP, dim=-1).indices, into, dout)
+    return Given(x, gates, ids, into, dout)
 
 
 def random_rounds(wish: RandomRounds, mesh: Mesh) -> Iterator[dict[str, Any]]:

@@ -9,9 +9,7 @@ the slowest speaks for all. Not taken: a table of times by shape, which says not
 import ctypes
 import gc
 import json
-import os
 import resource
-import socket
 import statistics
 import tempfile
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from counterflow.benchmark.processes import on_processes
 from counterflow.benchmark.timing import (
     Bench,
     RatesSettings,
@@ -31,7 +29,9 @@ from counterflow.benchmark.timing import (
     passes_rate,
     product_rate,
 )
+from counterflow.comm.mesh import Mesh
 from counterflow.config.models import MODELS
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError
 from counterflow.kernels.memory import keep_freed_memory
 
@@ -66,12 +66,10 @@ def measure_rates(settings: RatesSettings) -> Rates:
     """The machine's rates.   Cost: half a minute, a process for each of `processes`.   Fails: ConfigError."""
     _require(settings)
     if settings.processes == 1:
-        return _measured(settings, 0)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return _measured(Mesh(device=torch.device("cuda" if _on_gpu(settings) else "cpu")), settings)
+    parallel, device = Parallel(data=settings.processes), "cuda" if _on_gpu(settings) else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (settings, port, folder), nprocs=settings.processes)
+        on_processes(_rank, parallel, device, settings, folder)
         files = [Path(folder) / f"{rank}.json" for rank in range(settings.processes)]
         every = [json.loads(file.read_text()) for file in files]
     worst = {
@@ -140,29 +138,19 @@ def _base(settings: RatesSettings) -> str:
     return next((card for card in ("gb200", "b200", "h200", "h800", "h100", "a100") if card in name), "h100")
 
 
-def _rank(rank: int, settings: RatesSettings, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if not _on_gpu(settings):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.processes))
-    else:
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if _on_gpu(settings) else "gloo", rank=rank, world_size=settings.processes)
-    found = _measured(settings, rank)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(asdict(found)))
-    dist.destroy_process_group()
+def _rank(mesh: Mesh, settings: RatesSettings, folder: str) -> None:
+    (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(asdict(_measured(mesh, settings))))
 
 
-def _measured(settings: RatesSettings, rank: int) -> Rates:
+def _measured(mesh: Mesh, settings: RatesSettings) -> Rates:
     keep_freed_memory()
-    device = torch.device("cuda", rank) if _on_gpu(settings) else torch.device("cpu")
-    bench = Bench(settings, device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    bench = Bench(settings, mesh.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
     copied, into = bench.draw(1 << 26), bench.draw(1 << 26)  # beyond every cache
     copy = 2 * copied.nbytes / bench.seconds(lambda: lambda: into.copy_(copied))
     del copied, into
     found = (product_rate(bench), grouped_rate(bench), attention_rate(bench), copy, passes_rate(bench))
     launch, joined = launch_seconds(bench), link(bench)
-    return Rates(*found, launch, reserved_bytes(device), *joined)
+    return Rates(*found, launch, reserved_bytes(mesh.device), *joined)
 
 
 class _MallInfo(ctypes.Structure):

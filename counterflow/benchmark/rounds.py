@@ -64,6 +64,18 @@ class Rounds:
             dist.all_reduce(self._one)
 
 
+def alone(act: Callable[[], object], repeats: int, before: Callable[[], object] | None = None) -> list[float]:
+    """Seconds of single calls by this GPU's events, `before` each outside of them; three more go first, uncounted."""
+    device, times = torch.device("cuda"), []
+    for _ in range(repeats + 3):
+        if before:
+            before()
+        start = mark(device)
+        act()
+        times.append(between(start, mark(device)))
+    return times[3:]
+
+
 def middle(seconds: Sequence[float]) -> tuple[float, float]:
     """Median and 95th percentile."""
     ordered = sorted(seconds)

@@ -1,6 +1,6 @@
 """What `bench` shows: tables as rows of words, whoever prints them, and curves over sizes as SVG."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from counterflow.plan.chart import curves
@@ -79,18 +79,6 @@ def picture(result: Result) -> str:
         "tokens of a rank",
         f"transport of dispatch, share of {best / 1e9:.4g} GB/s on the wire",
         1.0,
-    )
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """A table in plain text, for machines without rich."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{word:<{width}}" if place == 0 else f"{word:>{width}}"
-            for place, (word, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
     )
 
 

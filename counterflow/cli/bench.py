@@ -4,7 +4,6 @@ A bench takes every GPU of the machine, one process each, or a few processes on 
 processes are theirs.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,12 +136,11 @@ def _on_ranks(place: Place, words: list[str], act: Callable[[Any], None]) -> int
 
 
 def write(folder: Path, wish: Mapping[str, Any], result: Mapping[str, Any], picture: str) -> None:
-    """Numbers and picture, anew after every size, so that a run that is cut off leaves what it has."""
+    """Numbers and picture."""
+    from counterflow.benchmark.saved import save
     from counterflow.train.provenance import provenance
 
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {"settings": wish, "provenance": provenance(), **result}
-    (folder / "raw.json").write_text(json.dumps(whole, indent=1))
+    save(folder / "raw.json", {"settings": wish, "provenance": provenance(), **result})
     if picture:
         (folder / "picture.svg").write_text(picture)
 

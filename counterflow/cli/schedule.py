@@ -27,6 +27,7 @@ from counterflow.schedule.simulate import Costs, makespan, simulate
 from counterflow.schedule.table2 import Row, rows, rows_of_run
 from counterflow.schedule.text import from_csv, from_text, to_csv, to_text
 from counterflow.schedule.words import Schedule, Span
+from counterflow.units import aligned
 
 FILES = (".csv", ".txt", ".text", ".schedule")
 WIDTH = 136
@@ -201,7 +202,7 @@ def _described(one: Simulated, wish: Wish) -> str:
         peaks = map(str, (kept.activations, kept.whole, kept.owed))
         table.append([str(rank), stages, _short(whole - wait), _short(wait), _percent(wait, whole), *peaks])
     mean = sum(waits) / len(waits)
-    lines = [to_text(schedule), picture.terminal(spans, schedule.ranks, width, colours), _aligned(table), ""]
+    lines = [to_text(schedule), picture.terminal(spans, schedule.ranks, width, colours), aligned(table), ""]
     lines.append(
         f"{one.title}: makespan {_short(whole)}, of which a rank is idle {_short(mean)} on average "
         f"({_percent(mean, whole)}%), simulated with {_said(one.costs, wish.latency)}."
@@ -240,7 +241,7 @@ def _compared(found: Sequence[Simulated], wish: Wish) -> str:
             ]
         )
     lines = [
-        _aligned(table),
+        aligned(table),
         "",
         f"Simulated: {_many(wish.microbatches, 'micro-batch', 'es')}, {_said(wish.costs, wish.latency)}, of one of "
         f"{wish.ranks} stages.",
@@ -304,7 +305,7 @@ def _table2(found: Sequence[Row], costs: Costs, latency: float, measured: bool) 
                 note,
             ]
         )
-    return _aligned(table)
+    return aligned(table)
 
 
 def _exactness(name: str, costs: Costs, latency: float) -> str:
@@ -369,16 +370,3 @@ def _short(value: float) -> str:
 
 def _many(count: int, word: str, plural: str = "s") -> str:
     return f"{count} {word}{'' if count == 1 else plural}"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest word: the first and the last to the left, numbers to the right."""
-    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
-    lines = []
-    for row in table:
-        cells = [
-            f"{cell:<{width}}" if place in (0, len(row) - 1) else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -3,12 +3,12 @@
 Expert parallelism lies inside the data axis: neighbouring data ranks of one pipeline row share the experts of its
 layers, each holding every one of `expert` equal parts once. It never crosses rows, so never a mirrored replica.
 
-
 A rank's data index runs fastest, so that the ranks which will exchange tokens between experts are neighbours on a
 host. Nothing here is global: a mesh is made from a rank and two sizes, and only a mesh of several ranks asks
 torch.distributed for anything.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -19,9 +19,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.comm.partition import CHANNEL, capped, expert_share
-from counterflow.errors import CounterflowError
+from counterflow.config.run import DEVICES
+from counterflow.errors import ConfigError, CounterflowError, nearest
 
 Value = TypeVar("Value")
+
+
+def device_for(device: str, processes: int) -> str:
+    """cpu or cuda: `auto` is cuda where each of a machine's processes finds a GPU of its own.
+
+    Fails: ConfigError on another word, and on cuda where there is none.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"device is '{device}'; {nearest(device, DEVICES)}")
+    if device == "auto":
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda' and PyTorch sees no GPU; set it to cpu, or check the driver.")
+    return device
 
 
 @dataclass(frozen=True)

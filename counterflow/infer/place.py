@@ -2,12 +2,12 @@
 
 import torch
 
-from counterflow.errors import ConfigError
+from counterflow.comm.mesh import device_for
+from counterflow.errors import ConfigError, nearest
 from counterflow.infer.engine import EngineSettings, chain_of
 from counterflow.model.transformer import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def placed(model: Transformer, device: str, precision: str, settings: EngineSettings) -> Transformer:
@@ -16,14 +16,9 @@ def placed(model: Transformer, device: str, precision: str, settings: EngineSett
     Buffers keep their precision: the router's bias decides between scores that are closer than bf16 tells apart.
     Fails: ConfigError on an unknown device or precision.
     """
-    if device not in DEVICES or precision not in DTYPES:
-        raise ConfigError(
-            f"device is '{device}' and precision '{precision}'; known: {', '.join(DEVICES)}; {', '.join(DTYPES)}."
-        )
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda' and PyTorch sees no GPU; take device cpu, or check the driver.")
+    if precision not in DTYPES:
+        raise ConfigError(f"precision is '{precision}'; {nearest(precision, DTYPES)}")
+    device = device_for(device, 1)
     model.mtp = model.mtp[: chain_of(len(model.mtp), settings)[1]]
     for parameter in model.parameters():
         parameter.requires_grad_(False)

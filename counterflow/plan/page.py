@@ -26,17 +26,6 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th { text-align: left; font-weight: 600 } td, th { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
 .fitted, .assumed { color: #c92a2a } .measured { color: #2b8a3e }
 """
-MEMORY = (
-    "weights",
-    "gradients",
-    "masters",
-    "moments",
-    "averages",
-    "activations",
-    "transient",
-    "buffers",
-    "reserved",
-)
 
 
 def page(answer: Answer, name: str) -> str:
@@ -103,8 +92,9 @@ def _timeline(answer: Answer) -> str:
 
 
 def _memory(answer: Answer) -> str:
-    bars = {f"rank {one.rank}": [getattr(one, name) / 2**30 for name in MEMORY] for one in answer.memory}
-    return f'<div class="wide">{chart.stacked(MEMORY, bars, answer.hardware.card.memory_bytes / 2**30, "GiB")}</div>'
+    names, room = report.MEMORY, answer.hardware.card.memory_bytes / 2**30
+    bars = {f"rank {one.rank}": [getattr(one, name) / 2**30 for name in names] for one in answer.memory}
+    return f'<div class="wide">{chart.stacked(names, bars, room, "GiB")}</div>'
 
 
 def _assumptions(answer: Answer) -> str:

@@ -9,22 +9,21 @@ from counterflow.plan.answer import Answer
 from counterflow.plan.memory import Memory
 from counterflow.plan.work import kept
 from counterflow.schedule.words import TRANSFERS, Kind, Part
-from counterflow.units import bytes_, seconds
+from counterflow.units import aligned, bytes_, seconds
 from counterflow.units import count as number
 
-
-def aligned(table: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest word: the first and the last to the left, numbers to the right."""
-    widths = [max(len(row[place]) for row in table) for place in range(len(table[0]))]
-    lines = []
-    for row in table:
-        ends = (0, len(row) - 1)
-        cells = [
-            f"{cell:<{width}}" if place in ends else f"{cell:>{width}}"
-            for place, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+MEMORY = (
+    "weights",
+    "gradients",
+    "masters",
+    "moments",
+    "averages",
+    "activations",
+    "transient",
+    "buffers",
+    "reserved",
+)
+"""What fills a rank, as the fields of `memory.Memory` are called."""
 
 
 def terminal(answer: Answer) -> str:
@@ -133,18 +132,7 @@ def op_rows(answer: Answer) -> list[list[str]]:
 
 def memory_rows(every: Sequence[Memory]) -> list[list[str]]:
     """A row a rank."""
-    names = (
-        "weights",
-        "gradients",
-        "masters",
-        "moments",
-        "averages",
-        "activations",
-        "transient",
-        "buffers",
-        "reserved",
-        "total",
-    )
+    names = (*MEMORY, "total")
     table = [["rank", *names, "peak at cell"]]
     for one in every:
         table.append([str(one.rank), *(bytes_(getattr(one, name)) for name in names), str(one.peak_cell)])

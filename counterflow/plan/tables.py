@@ -14,9 +14,8 @@ from counterflow.plan.published import (
     table_1,
     trace_rows,
 )
-from counterflow.plan.report import aligned
 from counterflow.plan.scale import Point, Row
-from counterflow.units import bytes_
+from counterflow.units import aligned, bytes_
 
 
 def published() -> str:

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -33,7 +34,7 @@ class Choice:
         self.finish = delta.finish or self.finish
 
 
-class Form:
+class Form(ABC):
     """What completions' and chat completions' answers share."""
 
     kind: str
@@ -56,13 +57,13 @@ class Form:
             "choices": choices,
         }
 
+    @abstractmethod
     def whole(self, choice: Choice) -> dict[str, Any]:
         """The choice of an answer in one piece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """The choice of a chunk that adds `delta` to what was sent of `choice`."""
-        raise NotImplementedError
 
     def token(self, token: int) -> str:
         """A token's text, or its name in the vocabulary where it is no whole character."""

@@ -20,12 +20,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from counterflow.comm.mesh import Mesh
+from counterflow.comm.mesh import Mesh, device_for
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, RankError
 from counterflow.plan.layout import require_layout
-from counterflow.train.loop import device_for, resolve, train
+from counterflow.train.loop import resolve, train
 
+SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
+"""PyTorch's own word for symmetric memory of several processes on one GPU; where it is set, ours may share one too: a
+trial of what is meant for several GPUs, over gloo, since NCCL refuses."""
 PEER_LOST = 5
 """Exit code of a rank whose neighbour went away: not the one to blame."""
 TIMEOUT = timedelta(minutes=30)
@@ -62,7 +65,7 @@ def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh]
         return 0
 
     if started() is None:
-        return acted(Mesh())
+        return acted(Mesh(device=torch.device(device_for(device, 1))))
     return _join(Parallel(data=ranks, expert=ranks), device_for(device, ranks), acted)
 
 
@@ -106,16 +109,17 @@ def joined(parallel: Parallel, device_type: str) -> Iterator[Mesh]:
             f"{world} processes were started and {parallel.pipeline} (pipeline) × {parallel.data} (data, or ranks) = "
             f"{wanted} are asked for; start {wanted}, or change one of them."
         )
-    device = torch.device(device_type)
+    device, backend = torch.device(device_type), "gloo"
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        shared = SHARED in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0
+        if local >= gpus and not shared:
             raise ConfigError(
-                f"this machine has {torch.cuda.device_count()} GPUs and rank {rank} needs the one numbered {local}; "
-                "start fewer processes here, or set the device to cpu."
+                f"this machine has {gpus} GPUs and rank {rank} needs the one numbered {local}; start fewer processes "
+                "here, or set the device to cpu."
             )
-        device = torch.device("cuda", local)
+        device, backend = torch.device("cuda", local % gpus), "gloo" if shared else "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # A restarted group may find the same store: without a prefix of its own it would read its dead members' addresses.
     store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from counterflow.comm.mesh import Mesh
+from counterflow.comm.mesh import Mesh, device_for
 from counterflow.config.load import settings, to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.loader import Samples
@@ -109,22 +109,10 @@ def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
     return opened[0] if opened else Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
 
 
-def device_for(device: str, processes: int) -> str:
-    """`auto` decided: cuda where each of a machine's processes finds a GPU of its own."""
-    if device != "auto":
-        return device
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= here else "cpu"
-
-
 def resolve(run: RunConfig) -> RunConfig:
     """The run with what was left to the machine decided, and the process set up for it."""
     train = run.train
     device = device_for(train.device, run.parallel.processes)
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.device is 'cuda' and PyTorch sees no GPU; set train.device=cpu or check the driver."
-        )
     if train.threads:
         torch.set_num_threads(train.threads)
     keep_freed_memory()

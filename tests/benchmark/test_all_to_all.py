@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from counterflow.benchmark.all_to_all import AllToAll, contenders, routes, row_bytes, wire_rows
+from counterflow.benchmark.routings import ROUTINGS
 from counterflow.benchmark.shown import ceiling_of, focus, table
 from counterflow.cli import main
 from counterflow.comm.mesh import Mesh
+from counterflow.errors import ConfigError
 from counterflow.plan.hardware import hardware
 
 
@@ -22,11 +24,17 @@ def test_rows_that_stay_home_do_not_count_and_a_token_counts_once_a_rank():
     assert wire_rows([torch.tensor([[0, 1], [2, 3]])], 4) == [[2]]  # one rank: no wire, what stays
 
 
-@pytest.mark.parametrize("routing", ["uniform", "node-limited", "skewed"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_token_names_distinct_experts_and_ranks_draw_their_own(routing):
     wish = AllToAll(tokens=(40,), experts=16, top=3, routing=routing)
     first, second = routes(wish, Mesh(data=2, expert=2), 40)
+    assert first.shape == second.shape == (40, 3)
     assert all(len(set(token.tolist())) == 3 for token in first) and not torch.equal(first, second)
+
+
+def test_a_routing_that_is_none_is_named():
+    with pytest.raises(ConfigError, match="routing is 'skewd'; did you mean 'skewed'"):
+        routes(AllToAll(routing="skewd"), Mesh(data=2, expert=2), 4)
 
 
 def test_a_row_in_fp8_has_a_scale_for_every_128_numbers():
@@ -112,7 +120,7 @@ def test_a_bench_that_is_none_names_the_nearest(capsys):
 def test_a_pair_on_two_processes_is_timed_in_four_ways(tmp_path):
     words = "--device cpu --hidden 32 --intermediate 16 --heads 2 --experts 8 --top 2 --tokens 16 --layers 2"
     words += " --microbatches 4 --backends collective --routing real --rounds 2 --warmups 0 --ratio 1:1"
-    said = bench("bench/overlap.py", *words.split(), "--folder", str(tmp_path))
+    said = bench("-m", "counterflow", "bench", "overlap", *words.split(), "--folder", str(tmp_path))
     assert "collective, real" in said and "2 expert ranks, 8 experts of a layer" in said
     for row in json.loads((tmp_path / "raw.json").read_text())["rows"]:
         assert row["repeats"] >= 1 and {len(some) for some in row["seconds"].values()} == {2}

@@ -7,6 +7,7 @@ import pytest
 
 from counterflow.benchmark import random_rounds
 from counterflow.benchmark.carried import balanced
+from counterflow.benchmark.routings import ROUTINGS
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import thread_peers
@@ -37,7 +38,7 @@ def play(monkeypatch, wrap, rounds: int) -> list[list[dict]]:
 def test_rounds_pass_and_say_what_they_drew(monkeypatch):
     found = play(monkeypatch, lambda one: one, 30)
     assert [row["routing"] for row in found[0]] == [row["routing"] for row in found[1]]
-    assert {row["routing"] for row in found[0]} == set(random_rounds.ROUTINGS)
+    assert {row["routing"] for row in found[0]} == set(ROUTINGS)
     assert {row["rank_late"] for row in found[0]} == {0, 1}
 
 

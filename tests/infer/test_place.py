@@ -26,7 +26,11 @@ def test_bf16_rounds_weights_and_leaves_the_routers_bias():
     assert model.layers[1].router.bias.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [{"device": "tpu"}, {"precision": "fp4"}])
-def test_an_unknown_place_is_refused(wrong):
-    with pytest.raises(ConfigError, match="known: auto, cpu, cuda; fp32, bf16"):
-        placed(trained_model(), **({"device": "cpu", "precision": "fp32"} | wrong), settings=EngineSettings())
+@pytest.mark.parametrize(
+    ("word", "wrong", "near"),
+    [("device", "tpu", "cpu"), ("device", "cuda:0", "cuda"), ("precision", "fp4", "fp32")],
+)
+def test_an_unknown_place_is_refused(word, wrong, near):
+    given = {"device": "cpu", "precision": "fp32", word: wrong}
+    with pytest.raises(ConfigError, match=f"{word} is '{wrong}'; did you mean '{near}'"):
+        placed(trained_model(), **given, settings=EngineSettings())
