@@ -80,9 +80,9 @@ def main() -> None:
     source = torch.empty(2**26, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     for library in ("cublas", "cublaslt"):
-        torch.backends.cuda.preferred_blas_library(library)
         for carved in CARVED:
             carve(carved, torch.device("cuda"))
+            torch.backends.cuda.preferred_blas_library(library)  # carving chooses one
             programs = carved or 8
             copy = partial(copy_triton.push, [(source, target)], programs)
             moved = statistics.median(alone(copy, arguments.rounds))

@@ -65,7 +65,7 @@ def main() -> None:
     model, tokenizer = restore(wish.run)
     documents = packages.read(wish.texts) if wish.texts else held_out(wish.run)
     texts = stretches(documents, tokenizer, 4 * max(wish.batches), 2 * wish.prompt)
-    raw: dict[str, Any] = {"arguments": vars(wish), "provenance": provenance(), "rows": []}
+    raw: dict[str, Any] = {"arguments": {**vars(wish), "json": None}, "provenance": provenance(), "rows": []}
     if wish.transformers:  # before the weights are rounded and their modules cut
         from counterflow.convert.export import Form, export
 

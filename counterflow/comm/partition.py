@@ -44,4 +44,6 @@ def carve(multiprocessors: int, device: torch.device) -> None:
                 "parallel.multiprocessors is %d and does nothing here: the device is a CPU.", multiprocessors
             )
         return
+    # cuBLAS's own kernels take no notice, cuBLASLt's and the grouped ones do.
+    torch.backends.cuda.preferred_blas_library("cublaslt" if multiprocessors else "default")
     torch._C._set_sm_carveout_experimental(multiprocessors or None)
