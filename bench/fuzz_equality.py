@@ -1,9 +1,12 @@
 """Does any schedule, on any layout, change a step's losses or gradients? Runs the grid and random layouts, in process.
 
-Usage: python bench/fuzz_equality.py [--draws 240] [--seed 0] [--grid] [--json FILE]
+Usage: python bench/fuzz_equality.py [--draws 240] [--seed 0] [--grid] [--backends collective two_hop] [--json FILE]
+
+Kernels of `nvlink` and `copy_engine`, if named among the backends, run in Triton's interpreter: seconds for each.
 """
 
 import argparse
+import os
 import random
 import sys
 import time
@@ -36,11 +39,15 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", action="store_true")
+    parser.add_argument("--backends", nargs="+", default=["collective", "two_hop"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["TRITON_INTERPRET"] = "1"  # all is on the CPU; read when Triton is imported
     generator = random.Random(arguments.seed)
-    cases = [draw(generator) for _ in range(arguments.draws)] + (grid() if arguments.grid else [])
+    cases = [draw(generator, arguments.backends) for _ in range(arguments.draws)] + (
+        grid() if arguments.grid else []
+    )
     rows = []
     for number, (layout, depth) in enumerate(track(cases, "layouts")):
         stages = SCHEDULES[layout.schedule](layout.ranks, 4 * layout.ranks).stages
@@ -70,6 +77,10 @@ def main() -> int:
         "uneven plans": sum(bool(row["placement"]) for row in drawn),
         "recomputation": sum(row["recompute"] != "none" for row in drawn),
         "shared experts": sum(row["expert"] > 1 for row in drawn),
+        **{
+            name: sum(row["expert"] > 1 and row["dispatch"] == name for row in drawn)
+            for name in arguments.backends
+        },
         "data ranks": sum(row["data_ranks"] > 1 for row in drawn),
     }
     failed = sum(bool(row["failure"]) for row in rows)

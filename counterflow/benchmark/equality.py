@@ -8,7 +8,7 @@ where both ends share an accumulator the order of sums is another, and a bound o
 
 import copy
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,8 +89,9 @@ def small_model(stages: int, depth: int, seed: int = 0, **sizes: Any) -> Transfo
     return model
 
 
-def draw(generator: random.Random) -> tuple[Layout, int]:
-    """A random layout and MTP depth: often of four ranks or more, with MTP, uneven plans, recomputation."""
+def draw(generator: random.Random, backends: Sequence[str] = ("collective", "two_hop")) -> tuple[Layout, int]:
+    """A random layout and MTP depth: often of four ranks or more, with MTP, uneven plans, recomputation; where experts
+    are shared, by one of `backends`."""
     name = generator.choice(list(SCHEDULES))
     ranks = generator.choice((2, 2, 2, 4, 4, 6, 8))
     depth = generator.choice((0, 0, 1, 1, 2))
@@ -110,14 +111,14 @@ def draw(generator: random.Random) -> tuple[Layout, int]:
         placement=placement,
         recompute=generator.choice(("none", "attention")),
     )
-    return with_shared_experts(generator, layout) if generator.random() < 0.35 else layout, depth
+    return with_shared_experts(generator, layout, backends) if generator.random() < 0.35 else layout, depth
 
 
-def with_shared_experts(generator: random.Random, layout: Layout) -> Layout:
-    """The layout with two or four data ranks that share experts, flat or over two hops, and at most four rows."""
+def with_shared_experts(generator: random.Random, layout: Layout, backends: Sequence[str]) -> Layout:
+    """The layout with two or four data ranks that share experts, by one of `backends`."""
     expert = generator.choice((2, 2, 4))
     blocks = generator.choice((1, 1, 2)) if expert == 2 else 1
-    dispatch = generator.choice(("collective", "two_hop"))
+    dispatch = generator.choice(backends)
     node = generator.choice([size for size in (1, 2, 4) if expert % size == 0])
     return replace(
         layout,

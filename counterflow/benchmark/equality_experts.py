@@ -38,11 +38,13 @@ from counterflow.schedule.words import Plan, Schedule
 
 BOUND = 1e-10
 """Relative to the largest element, in float64."""
+BOUND_OF_KERNELS = 1e-6
+"""The same where gates travel as fp32, each rounded by up to 6e-8: by `nvlink` and `copy_engine`."""
 EXPERTS = ".experts."
 
 
 def compare(layout: Layout, model: Transformer, seed: int = 0) -> float:
-    """The largest relative difference of any loss or gradient.   Fails (AssertionError) above BOUND, or on a flip."""
+    """The largest relative difference of a loss or gradient.   Fails (AssertionError) above the bound, or on a flip."""
     parallel = Parallel(layout.ranks, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank or 0)
     schedule = schedule_of(parallel, layout.microbatches)
     plans = stage_plans(model.config, schedule.stages, layout.placement)
@@ -50,11 +52,11 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> float:
         plans = tuple(without_mtp(plan, model.config) for plan in plans)
     model.recompute = layout.recompute
     settings, samples = settings_of(layout), samples_of(layout, model.config, seed)
-    worst = 0.0
+    worst, bound = 0.0, BOUND_OF_KERNELS if layout.dispatch in ("nvlink", "copy_engine") else BOUND
     for start in range(0, layout.data_ranks, layout.expert):
         some = samples[start : start + layout.expert]
         block = run_block(layout, model, some, settings, schedule, plans)
-        worst = max(worst, _compare_block(model, some, settings, schedule, plans, block))
+        worst = max(worst, _compare_block(model, some, settings, schedule, plans, block, bound))
     return worst
 
 
@@ -106,6 +108,7 @@ def _compare_block(
     schedule: Schedule,
     plans: tuple[Plan, ...],
     block: list[list[RankResult]],
+    bound: float,
 ) -> float:
     worst, start = 0.0, 0
     for pipe, count in enumerate(schedule.microbatches):
@@ -122,25 +125,25 @@ def _compare_block(
                     want, got = [torch.stack(want).sum(0)], [torch.cat(got)]
                 errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
                 worst = max(worst, *errors)
-                assert max(errors) < BOUND, f"{name} at stage {stage}: off by {max(errors):.2e}"
-    _compare_counts(model, samples, settings, block)
+                assert max(errors) < bound, f"{name} at stage {stage}: off by {max(errors):.2e}"
+    _compare_counts(model, samples, settings, block, bound)
     return worst
 
 
 def _compare_counts(
-    model: Transformer, samples: Tensor, settings: StepSettings, block: list[list[RankResult]]
+    model: Transformer, samples: Tensor, settings: StepSettings, block: list[list[RankResult]], bound: float
 ) -> None:
     """Every token goes to the experts that it goes to in the plain loop: no flip, so equal counts and losses."""
     for some, ranks in zip(samples, block):
         _, sums = run_plain(model, some, settings)
-        assert_same_sums([result.sums for result in ranks], sums)
+        assert_same_sums([result.sums for result in ranks], sums, bound)
 
 
-def assert_same_sums(ranks: list[Sums], plain: Sums) -> None:
+def assert_same_sums(ranks: list[Sums], plain: Sums, bound: float) -> None:
     """Counts exactly and losses within the bound, summed over ranks."""
     for index, counts in plain.counts.items():
         mine = sum(sums.counts[index] for sums in ranks if index in sums.counts)
         assert isinstance(mine, Tensor) and torch.equal(mine, counts), f"layer {index} routed otherwise"
     for depth, nll in plain.nll.items():
         mine = sum(sums.nll[depth] for sums in ranks if depth in sums.nll)
-        assert isinstance(mine, Tensor) and relative_error(mine, nll) < BOUND, f"loss of depth {depth}"
+        assert isinstance(mine, Tensor) and relative_error(mine, nll) < bound, f"loss of depth {depth}"
