@@ -65,6 +65,10 @@ class Rows:
         return len(self.slots)
 
 
+NOBODY = -1
+"""Where a token is kept that nobody asks for: the last place."""
+
+
 @dataclass(frozen=True)
 class Bucket:
     """The sizes of an even pass: every sequence has as many rows, and as many blocks to read, as the largest."""
@@ -127,27 +131,37 @@ class Cache:
         at, to = (torch.tensor(each, dtype=torch.long, device=device) for each in (positions, slots))
         return Rows(order, starts, self.rope[at], to, groups)
 
-    def packed(self, extents: Items[Extent], tokens: Items[list[int]], bucket: Bucket) -> list[int]:
-        """All that an even pass is told, as one row of numbers: tokens, positions, slots of its rows, then blocks.
+    def packed(
+        self, extents: Items[Extent], tokens: Items[list[int]], bucket: Bucket, keep: Items[int] = ()
+    ) -> list[int]:
+        """All that an even pass is told, as one row of numbers: tokens, positions, slots of its rows, where the token
+        that follows each is kept, then blocks.
 
-        A row that only fills up writes into the spare block and stands at position 0.
+        A row that only fills up writes into the spare block and stands at position 0; `keep` is of each extent's last
+        row, and what follows the others is kept for nobody.
         """
         rows = bucket.sequences * bucket.queries
-        numbers = [0] * (2 * rows) + [self.spare * self.size] * rows
+        numbers = [0] * (2 * rows) + [self.spare * self.size] * rows + [NOBODY] * rows
         blocks = [self.spare] * (bucket.sequences * bucket.blocks)
         for index, (extent, own) in enumerate(zip(extents, tokens, strict=True)):
             first, span = index * bucket.queries, range(extent.start, extent.end)
             slots = [extent.blocks[p // self.size] * self.size + p % self.size for p in span]
             for start, values in ((0, own), (rows, span), (2 * rows, slots)):
                 numbers[start + first : start + first + len(span)] = values
+            if keep:
+                numbers[3 * rows + first + len(span) - 1] = keep[index]
             held = extent.blocks[: bucket.blocks]
             blocks[index * bucket.blocks : index * bucket.blocks + len(held)] = held
         return numbers + blocks
 
-    def even_rows(self, numbers: Int[Tensor, "_"], bucket: Bucket) -> tuple[Int[Tensor, "T"], Rows]:
-        """The tokens and the rows that `packed` describes; nothing is read on the host."""
+    def even_rows(
+        self, numbers: Int[Tensor, "_"], bucket: Bucket
+    ) -> tuple[Int[Tensor, "T"], Rows, Int[Tensor, "T"]]:
+        """The tokens, the rows and where what follows is kept, as `packed` says; nothing is read on the host."""
         rows = bucket.sequences * bucket.queries
-        tokens, positions, slots, blocks = numbers.split([rows] * 3 + [bucket.sequences * bucket.blocks])
+        tokens, positions, slots, keep, blocks = numbers.split(
+            [rows] * 4 + [bucket.sequences * bucket.blocks]
+        )
         group = Group(
             slice(0, rows),
             torch.empty(0, dtype=torch.long, device=numbers.device),
@@ -157,7 +171,7 @@ class Cache:
             is_full=True,
         )
         starts = list(range(0, rows, bucket.queries))
-        return tokens, Rows(list(range(bucket.sequences)), starts, self.rope[positions], slots, [group])
+        return tokens, Rows(list(range(bucket.sequences)), starts, self.rope[positions], slots, [group]), keep
 
     def _group(self, extents: list[Extent], first: int) -> Group:
         lengths = [extent.end - extent.start for extent in extents]

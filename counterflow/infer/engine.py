@@ -80,7 +80,8 @@ class Engine:
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
         replayed = 1 + drafts + self.modules if settings.graphs else 0
-        self.runner = Runner(model, cache, self.modules, self.ranks, replayed)
+        places = settings.max_sequences * drafts
+        self.runner = Runner(model, cache, self.modules, self.ranks, replayed, places)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
         self._prompts: dict[int, list[TokenLogprob | None]] = {}

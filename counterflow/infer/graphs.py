@@ -25,7 +25,7 @@ class Recorded(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    outputs: tuple[Tensor, ...]
 
 
 class Graphs:
@@ -40,7 +40,9 @@ class Graphs:
         """How many are recorded."""
         return len(self._recorded)
 
-    def run(self, key: Hashable, act: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def run(
+        self, key: Hashable, act: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         """`act(*inputs)`, where `key` says which act on which shapes."""
         if not inputs[0].is_cuda:
             return act(*inputs)
@@ -50,10 +52,10 @@ class Graphs:
         for buffer, given in zip(recorded.inputs, inputs, strict=True):
             buffer.copy_(given)
         recorded.graph.replay()
-        return recorded.output.clone()
+        return tuple(output.clone() for output in recorded.outputs)
 
-    def _record(self, act: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Recorded:
-        """Cost: some passes, and memory for the inputs, the output and, beyond what the pool has, the pass."""
+    def _record(self, act: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Recorded:
+        """Cost: some passes, and memory for inputs, outputs and, beyond what the pool has, the pass."""
         buffers = tuple(given.clone() for given in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -66,8 +68,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads of a server may use the device meanwhile; only this one is held to the rules of a recording.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = act(*buffers)
-        return Recorded(graph, buffers, output)
+            outputs = act(*buffers)
+        return Recorded(graph, buffers, outputs)
 
 
 def hindrance(model: Transformer) -> str:

@@ -2,21 +2,26 @@
 
 Rows of several sequences are laid end to end, as they are. Where passes are recorded as graphs (`graphs.py`), those of
 decoding are laid evenly instead: as many rows for each sequence, filled up to a bucket, so that few shapes are met.
+
+An even pass can choose the likeliest token behind each row too, and read tokens that a pass before it has chosen, so
+that a chain of drafts and the pass that verifies them are issued without a word from the device. On the host such a
+token is a code, −1 − its place in `Passes.drafted`, until `resolved`.
 """
 
 import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer.attend import attend
-from counterflow.infer.cache import Bucket, Cache, Extent, Rows, bucket_of
+from counterflow.infer.cache import NOBODY, Bucket, Cache, Extent, Rows, bucket_of
 from counterflow.infer.graphs import Graphs, hindrance
-from counterflow.infer.states import Row, gather
+from counterflow.infer.states import Row, gather, upload
 from counterflow.model.layer import Context, Layer
 from counterflow.model.mtp import MtpModule
 from counterflow.model.transformer import Transformer
@@ -24,32 +29,58 @@ from counterflow.model.transformer import Transformer
 log = logging.getLogger(__name__)
 
 
+class Passed(NamedTuple):
+    """What a pass gave."""
+
+    h: Float[Tensor, "T D"]
+    """Hidden states after the last norm."""
+    starts: list[int]
+    """Where each extent's begin."""
+    best: Int[Tensor, "T"] | None
+    """The likeliest token behind each row, where that was asked for and the pass was an even one."""
+
+
 class Passes:
     """A model's passes over one cache. Those in which no sequence has more than `longest` rows, as many as drafts make,
-    are replayed from `graphs`, if given."""
+    are replayed from `graphs`, if given; `places` is how many tokens they can keep on the device."""
 
-    def __init__(self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int, places: int = 0
+    ) -> None:
         self.model, self.cache, self.graphs, self.longest = model, cache, graphs, longest
+        self.drafted = torch.zeros(places + 1, dtype=torch.long, device=model.head.device)
+        """Tokens that passes have chosen; the last is nobody's."""
 
-    def trunk(
-        self, extents: Items[Extent], tokens: Items[list[int]]
-    ) -> tuple[Float[Tensor, "T D"], list[int]]:
-        """Hidden states after the final norm, and where each extent's begin."""
+    def trunk(self, extents: Items[Extent], tokens: Items[list[int]], choose: bool = False) -> Passed:
+        """The whole model but its head; `choose` asks for the likeliest tokens."""
 
         def act(flat: Tensor, rows: Rows) -> Tensor:
             return run_trunk(self.model, flat, rows, self.cache)
 
-        return self._run(0, act, extents, tokens, None)
+        return self._run(0, act, extents, tokens, None, [NOBODY] * len(extents) if choose else None)
 
     def module(
-        self, depth: int, extents: Items[Extent], tokens: Items[list[int]], hidden: Items[list[Row]]
-    ) -> tuple[Float[Tensor, "T D"], list[int]]:
-        """As `trunk`, of MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent."""
+        self,
+        depth: int,
+        extents: Items[Extent],
+        tokens: Items[list[int]],
+        hidden: Items[list[Row]],
+        keep: list[int] | None = None,
+    ) -> Passed:
+        """MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent. With `keep` the token
+        that is likeliest behind each extent's last row goes to that place of `drafted`."""
 
         def act(flat: Tensor, rows: Rows, states: Tensor) -> Tensor:
             return run_module(self.model, depth, states, flat, rows, self.cache)
 
-        return self._run(1 + depth, act, extents, tokens, hidden)
+        return self._run(1 + depth, act, extents, tokens, hidden, keep)
+
+    def resolved(self, tokens: Items[list[int]]) -> list[list[int]]:
+        """The same with the tokens that are codes; waits for the device if there are any."""
+        if all(token >= 0 for some in tokens for token in some):
+            return list(tokens)
+        drafted = self.drafted.tolist()
+        return [[drafted[-1 - token] if token < 0 else token for token in some] for some in tokens]
 
     def _run(
         self,
@@ -58,27 +89,42 @@ class Passes:
         extents: Items[Extent],
         tokens: Items[list[int]],
         hidden: Items[list[Row]] | None,
-    ) -> tuple[Float[Tensor, "T D"], list[int]]:
+        keep: list[int] | None,
+    ) -> Passed:
         device = self.cache.entries.device
         bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest)
         if not self.graphs or not bucket:
-            rows = self.cache.rows(extents)
+            rows, tokens = self.cache.rows(extents), self.resolved(tokens)
             given = [token for i in rows.order for token in tokens[i]]
             flat = torch.tensor(given, dtype=torch.long, device=device)
             states = [] if hidden is None else [self._joined([row for i in rows.order for row in hidden[i]])]
-            return act(flat, rows, *states), rows.starts
-        numbers = torch.tensor(self.cache.packed(extents, tokens, bucket), device=device)
+            return Passed(act(flat, rows, *states), rows.starts, None)
+        choose = keep is not None
+        numbers = upload(self.cache.packed(extents, tokens, bucket, keep or ()), device)
         states = [] if hidden is None else [gather(even(hidden, bucket))]
-        found = self.graphs.run((name, bucket), partial(self._even, act, bucket), numbers, *states)
-        return found, [index * bucket.queries for index in range(len(extents))]
+        even_act = partial(self._even, act, bucket, choose)
+        h, *best = self.graphs.run((name, bucket, choose), even_act, numbers, *states)
+        return Passed(h, [index * bucket.queries for index in range(len(extents))], best[0] if best else None)
 
     def _joined(self, rows: list[Row]) -> Float[Tensor, "T D"]:
         return gather(rows) if rows else self.model.head.new_empty(0, self.model.config.hidden_size)
 
     def _even(
-        self, act: Callable[..., Tensor], bucket: Bucket, numbers: Int[Tensor, "_"], *states: Tensor
-    ) -> Float[Tensor, "T D"]:
-        return act(*self.cache.even_rows(numbers, bucket), *states)
+        self,
+        act: Callable[..., Tensor],
+        bucket: Bucket,
+        choose: bool,
+        numbers: Int[Tensor, "_"],
+        *states: Tensor,
+    ) -> tuple[Tensor, ...]:
+        tokens, rows, keep = self.cache.even_rows(numbers, bucket)
+        tokens = torch.where(tokens < 0, self.drafted[(-1 - tokens).clamp_min(0)], tokens)
+        h = act(tokens, rows, *states)
+        if not choose:
+            return (h,)
+        best = logits_of(self.model, h).argmax(-1)
+        self.drafted[keep] = best
+        return h, best
 
 
 def even(hidden: Items[list[Row]], bucket: Bucket) -> list[Row | None]:

@@ -6,12 +6,12 @@ drafts they kept, their log-probabilities.
 """
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from counterflow.comm.clock import between, mark
 from counterflow.infer import passes
 from counterflow.infer.batch import Work
 from counterflow.infer.cache import Cache, Extent
@@ -44,28 +44,32 @@ class Outcome:
 
 
 class Runner:
-    """Runs a schedule's works on a model and its cache; passes of up to `replayed` rows a sequence as CUDA graphs."""
+    """Runs a schedule's works on a model and its cache; passes of up to `replayed` rows a sequence as CUDA graphs, with
+    up to `places` drafts chosen on the device."""
 
-    def __init__(self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, replayed: int) -> None:
+    def __init__(
+        self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, replayed: int, places: int
+    ) -> None:
         self.model, self.cache = model, cache
-        self.passes = passes.Passes(model, cache, passes.graphs_for(model, replayed > 0), replayed)
+        self.passes = passes.Passes(model, cache, passes.graphs_for(model, replayed > 0), replayed, places)
         self.drafter = Drafter(self.passes, modules, ranks) if modules else None
 
     @torch.no_grad()
     def run(self, works: list[Work]) -> Outcome:
         """New tokens of every work that samples; the sequences' caches then reach to their last true token."""
-        began = perf_counter()
+        device = self.model.head.device
+        began = mark(device)
         uniforms = [_uniforms(work) for work in works]
         drafts, q = self._draft(works, uniforms)
-        drafted = perf_counter()
-        h, starts = self._trunk(works, drafts)
+        drafted = mark(device)
+        h, starts, best = self._trunk(works, drafts)
         made = [Made([], [], []) for _ in works]
-        self._sample(works, drafts, q, uniforms, h, starts, made)
+        self._sample(works, self.passes.resolved(drafts), q, uniforms, h, starts, best, made)
         for work, start, result in zip(works, starts, made, strict=True):
             if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
                 result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
             advance(work.sequence, h, start, start + work.rows + max(0, len(result.tokens) - 1))
-        return Outcome(made, drafted - began, perf_counter() - drafted)
+        return Outcome(made, between(began, drafted), between(drafted, mark(device)))
 
     def _draft(self, works: list[Work], uniforms: list[list[float]]) -> tuple[list[list[int]], Tensor | None]:
         if self.drafter is None:
@@ -74,14 +78,16 @@ class Runner:
         chain = self.drafter.draft([work.sequence for work in works], wanted, uniforms)
         return chain.tokens, chain.q
 
-    def _trunk(self, works: list[Work], drafts: list[list[int]]) -> tuple[Float[Tensor, "T D"], list[int]]:
-        """Hidden states of all rows, and where each work's begin."""
+    def _trunk(self, works: list[Work], drafts: list[list[int]]) -> passes.Passed:
+        """One pass over all rows; its likeliest tokens too, where nothing else of the head's is asked for."""
         extents, tokens = [], []
         for work, drafted in zip(works, drafts, strict=True):
             sequence, start = work.sequence, work.sequence.cached
             extents.append(Extent(start, start + work.rows + work.drafts, sequence.blocks))
             tokens.append(sequence.tokens[start : start + work.rows] + drafted)
-        return self.passes.trunk(extents, tokens)
+        asked = (work.sequence.sampling for work in works if work.samples)
+        greedy = all(not sampling.temperature and sampling.logprobs is None for sampling in asked)
+        return self.passes.trunk(extents, tokens, choose=greedy)
 
     def _sample(
         self,
@@ -91,6 +97,7 @@ class Runner:
         uniforms: list[list[float]],
         h: Float[Tensor, "T D"],
         starts: list[int],
+        best: Int[Tensor, "T"] | None,
         made: list[Made],
     ) -> None:
         """The next tokens of the works that have reached their sequence's last one, into `made`."""
@@ -102,16 +109,17 @@ class Runner:
         rows = [
             [first + min(k, works[i].drafts) for k in range(deepest + 1)] for i, first in zip(chosen, firsts)
         ]
-        logits = passes.logits_of(self.model, h[torch.tensor(rows, device=h.device).flatten()])
-        logits = logits.view(len(chosen), deepest + 1, -1)
-        if any(works[i].sequence.sampling.temperature for i in chosen):
-            found = self._judged(works, drafts, q, uniforms, chosen, logits)
+        if best is not None:
+            likeliest, logits = best.tolist(), None
+            found = greedy_verdict([[likeliest[r] for r in row] for row in rows], [drafts[i] for i in chosen])
         else:
-            found = greedy_verdict(logits.argmax(-1).tolist(), [drafts[i] for i in chosen])
+            logits = passes.logits_of(self.model, h[torch.tensor(rows, device=h.device).flatten()])
+            logits = logits.view(len(chosen), deepest + 1, -1)
+            found = self._judged(works, drafts, q, uniforms, chosen, logits)
         for row, (i, (keep, token)) in enumerate(zip(chosen, found, strict=True)):
             made[i].tokens = [*drafts[i][:keep], token]
             wanted = works[i].sequence.sampling.logprobs
-            if wanted is not None:
+            if wanted is not None and logits is not None:
                 made[i].logprobs = logprobs(logits[row, : keep + 1], made[i].tokens, wanted)
 
     def _judged(
@@ -123,7 +131,9 @@ class Runner:
         chosen: list[int],
         logits: Float[Tensor, "B K1 V"],
     ) -> list[tuple[int, int]]:
-        """Drafts kept and the token behind them, of the chosen works, by their distributions."""
+        """Drafts kept and the token behind them, of the chosen works."""
+        if not any(works[i].sequence.sampling.temperature for i in chosen):
+            return greedy_verdict(logits.argmax(-1).tolist(), [drafts[i] for i in chosen])
         deepest, device = logits.shape[1] - 1, logits.device
         p = distribution(logits, [works[i].sequence.sampling for i in chosen])
         padded = [drafts[i] + [0] * (deepest - works[i].drafts) for i in chosen]

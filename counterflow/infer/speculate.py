@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer import passes
-from counterflow.infer.cache import Extent
+from counterflow.infer.cache import NOBODY, Extent
 from counterflow.infer.distribution import distribution, draw
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence
@@ -41,6 +41,7 @@ class Chain:
     uniforms: list[list[float]]
     """A number for each draft."""
     tokens: list[list[int]]
+    """Drafts so far, or codes of those that only the device knows yet."""
     q: Float[Tensor, "B K V"] | None
     """What each draft was drawn from, zero where there is none; None where all take the likeliest token."""
     ahead: dict[int, list[Row]] = field(default_factory=dict)
@@ -84,10 +85,10 @@ class Drafter:
             inputs.append([*sequence.waiting[depth], *chain.ahead.get(index, ())][: end - start])
             tokens.append((sequence.tokens + chain.tokens[index])[start + depth + 1 : end + depth + 1])
             extents.append(Extent(start, end, sequence.blocks))
-        pieces = self._pieces(depth, extents, inputs, tokens)
+        pieces, chosen = self._pieces(chain, depth, list(spans), extents, inputs, tokens)
         for (index, (_, true)), given, piece in zip(spans.items(), inputs, pieces, strict=True):
             self._keep(chain, index, depth, true, given, piece)
-        self._choose(chain, depth, {i: piece[-1] for i, piece in zip(spans, pieces, strict=True)})
+        self._choose(chain, depth, {i: piece[-1] for i, piece in zip(spans, pieces, strict=True)}, chosen)
 
     def _spans(self, chain: Chain, depth: int) -> dict[int, tuple[int, int]]:
         """By sequence: the position where this depth ends now, and where its true entries will."""
@@ -128,22 +129,43 @@ class Drafter:
             extents.append(Extent(at, at + 1, chain.sequences[index].blocks))
         inputs = [[chain.newest[index]] for index in chosen]
         tokens = [chain.tokens[index][-1:] for index in chosen]
-        pieces = self._pieces(self.modules - 1, extents, inputs, tokens)
-        self._choose(chain, depth, {i: piece[0] for i, piece in zip(chosen, pieces, strict=True)})
+        pieces, there = self._pieces(chain, depth, chosen, extents, inputs, tokens)
+        self._choose(chain, depth, {i: piece[0] for i, piece in zip(chosen, pieces, strict=True)}, there)
 
     def _pieces(
-        self, depth: int, extents: list[Extent], inputs: list[list[Row]], tokens: list[list[int]]
-    ) -> list[list[Row]]:
-        """A module's hidden states over these extents, in their order."""
-        out, starts = self.passes.module(depth, extents, tokens, inputs)
-        return [rows_of(out, start, start + len(given)) for start, given in zip(starts, inputs, strict=True)]
+        self,
+        chain: Chain,
+        depth: int,
+        indices: list[int],
+        extents: list[Extent],
+        inputs: list[list[Row]],
+        tokens: list[list[int]],
+    ) -> tuple[list[list[Row]], bool]:
+        """A module's hidden states over these extents, in their order; whether drafts were chosen from them there."""
+        keep = None
+        if chain.q is None:
+            keep = [self._place(chain, i, depth) if chain.wanted[i] > depth else NOBODY for i in indices]
+        module = min(depth, self.modules - 1)
+        out, starts, best = self.passes.module(module, extents, tokens, inputs, keep)
+        pieces = [
+            rows_of(out, start, start + len(given)) for start, given in zip(starts, inputs, strict=True)
+        ]
+        return pieces, best is not None
 
-    def _choose(self, chain: Chain, depth: int, hidden: dict[int, Row]) -> None:
-        """Draw the sequences' next draft from this depth's hidden states, where one is wanted."""
+    def _place(self, chain: Chain, index: int, depth: int) -> int:
+        """Of a draft among those that the device keeps."""
+        return depth * len(chain.sequences) + index
+
+    def _choose(self, chain: Chain, depth: int, hidden: dict[int, Row], there: bool) -> None:
+        """The sequences' next draft from this depth's hidden states, where one is wanted; a code if it is `there`."""
         chosen = [index for index in hidden if chain.wanted[index] > depth]
         if not chosen:
             return
         chain.newest = {index: hidden[index] for index in chosen}
+        if there:
+            for index in chosen:
+                chain.tokens[index].append(-1 - self._place(chain, index, depth))
+            return
         logits = passes.logits_of(self.model, gather([hidden[index] for index in chosen]))
         if chain.q is None:
             drafted = logits.argmax(-1)

@@ -7,11 +7,17 @@ runs, for all sequences at once: cut out and joined sequence by sequence they co
 from collections.abc import Sequence as Items
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Row = tuple[Tensor, int]
 """A pass's output (T, D) and one of its rows."""
+
+
+def upload(numbers: list[int], device: torch.device) -> Int[Tensor, "_"]:
+    """Numbers on the device, which the host does not wait for."""
+    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    return there.to(device, non_blocking=True)
 
 
 def rows_of(h: Float[Tensor, "T D"], start: int, end: int) -> list[Row]:
@@ -35,4 +41,4 @@ def gather(rows: Items[Row | None]) -> Float[Tensor, "T D"]:
             total += len(source)
         index.append(firsts[id(source)] + place)
     joined = sources[0] if len(sources) == 1 else torch.cat(sources)
-    return joined[torch.tensor(index, device=joined.device)]
+    return joined[upload(index, joined.device)]

@@ -82,18 +82,18 @@ def test_a_replayed_pass_equals_the_same_pass_unrecorded_bit_for_bit():
     for turn in range(2):
         for sequences, rows, context in ((1, 1, 100), (3, 2, 70), (8, 1, 90), (5, 3, 30)):
             extents, tokens = even_pass(rows, context + 2 * turn, sequences)
-            h, starts = replayed.trunk(extents, tokens)
+            h, starts, _ = replayed.trunk(extents, tokens)
             states = [h[start : start + rows] for start in starts]
             waiting = [rows_of(h, start, start + rows) for start in starts]
-            deep, _ = replayed.module(0, extents, tokens, waiting)
+            deep, _, _ = replayed.module(0, extents, tokens, waiting)
             bucket = bucket_of(extents, cache.size, 3)
             numbers = torch.tensor(cache.packed(extents, tokens, bucket), device="cuda")
-            flat, laid = cache.even_rows(numbers, bucket)
+            flat, laid, _ = cache.even_rows(numbers, bucket)
             again = passes.run_trunk(model, flat, laid, cache)
             assert torch.equal(passes.logits_of(model, h), passes.logits_of(model, again))
             given = gather(passes.even(waiting, bucket))
             assert torch.equal(deep, passes.run_module(model, 0, given, flat, laid, cache))
-            ends, first = plain.trunk(extents, tokens)
+            ends, first, _ = plain.trunk(extents, tokens)
             own = torch.cat([ends[start : start + rows] for start in first])
             seen[turn, sequences] = (own - torch.cat(states)).float().norm() / own.float().norm()
     assert replayed.graphs.count == 8, "four buckets, trunk and module"

@@ -55,15 +55,39 @@ def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid)
         cache.entries[:, :-4] = entries
         each = passes.Passes(model, cache, graphs, 3)
         out = []
-        h, starts = each.trunk(extents, tokens)
+        h, starts, best = each.trunk(extents, tokens)
+        assert best is None
         out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
         waiting = [rows_of(h, start, start + len(own)) for start, own in zip(starts, tokens)]
-        h, starts = each.module(1, extents, tokens, waiting)
+        h, starts, _ = each.module(1, extents, tokens, waiting)
         out += [h[start : start + len(own)] for start, own in zip(starts, tokens)]
         found.append([*out, cache.entries[:, :-4]])
     for plain, even in zip(*found, strict=True):
         assert (plain - even).abs().max() < BOUND
-    assert laid == [(0, Bucket(4, 3, 8)), (2, Bucket(4, 3, 8))]
+    assert laid == [(0, Bucket(4, 3, 8), False), (2, Bucket(4, 3, 8), False)]
+
+
+def test_a_pass_reads_the_tokens_that_the_one_before_it_chose_on_the_device():
+    """Codes in the place of tokens; the trunk's likeliest ones; and a pass laid end to end, which resolves them."""
+    model = trained_model()
+    extents, keep = [Extent(0, 2, [0]), Extent(3, 4, [1]), Extent(1, 3, [2])], [2, -1, 0]
+    tokens, states = (
+        [[5, 7], [9], [10, 3]],
+        [[(torch.ones(1, model.config.hidden_size), 0)] * n for n in (2, 1, 2)],
+    )
+    each = passes.Passes(model, Cache(model, 8, 4, 3), Graphs(), 3, places=3)
+    h, starts, best = each.module(0, extents, tokens, states, keep)
+    ends = [start + len(own) - 1 for start, own in zip(starts, tokens)]
+    likeliest = passes.logits_of(model, h).argmax(-1)[ends].tolist()
+    assert best is not None and best[ends].tolist() == likeliest
+    assert each.drafted.tolist()[2] == likeliest[0] and each.drafted.tolist()[0] == likeliest[2]
+    coded, known = [[-3], [9], [-1]], [[likeliest[0]], [9], [likeliest[2]]]
+    assert each.resolved(coded) == known
+    further = [Extent(2, 3, [3]), Extent(0, 1, [4]), Extent(1, 2, [5])]
+    by_code, by_token = (each.trunk(further, some, choose=True) for some in (coded, known))
+    assert torch.equal(by_code.h, by_token.h) and torch.equal(by_code.best, by_token.best)
+    each.graphs = None
+    assert (each.trunk(further, coded).h - by_code.h[by_code.starts]).abs().max() < BOUND
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
