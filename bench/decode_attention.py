@@ -1,6 +1,6 @@
 """How near its limits is decoding's attention? The report's shapes on one GPU, beside a copy and a matrix product.
 
-python bench/decode_attention.py [--json records/DATE-decode-attention/raw.json]
+python bench/decode_attention.py [--size 16] [--json records/DATE-decode-attention/raw.json]
 """
 
 import argparse
@@ -16,7 +16,7 @@ from counterflow.benchmark.saved import save
 from counterflow.kernels.decode import decode_attention, reference
 from counterflow.train.provenance import provenance
 
-LATENT, ROTARY, SIZE = 512, 64, 64
+LATENT, ROTARY = 512, 64
 
 
 def median_ms(act: Callable[[], object]) -> float:
@@ -34,14 +34,14 @@ def limits() -> tuple[float, float]:
     return copy, 2 * 8192**3 / median_ms(lambda: x @ y) * 1e3
 
 
-def case(batch: int, heads: int, context: int) -> tuple:
+def case(batch: int, heads: int, context: int, size: int) -> tuple:
     """Random queries and entries, blocks in random order: the arguments of a call."""
-    blocks = context // SIZE
+    blocks = context // size
     order = torch.randperm(batch * blocks, device="cuda").view(batch, blocks)
     entries = torch.randn(batch * context, LATENT + ROTARY, device="cuda", dtype=torch.bfloat16)
     query = torch.randn(batch, 1, heads, LATENT + ROTARY, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((batch, 1), context - 1, device="cuda")
-    return query, entries, order, positions, SIZE, LATENT, 192**-0.5
+    return query, entries, order, positions, size, LATENT, 192**-0.5
 
 
 def main() -> None:
@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--size", type=int, default=64, help="entries of a block")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     copy, product = limits()
@@ -59,7 +60,7 @@ def main() -> None:
             for context in (1024, 4096, 32768):
                 if batch * context > 1 << 21:
                     continue
-                given = case(batch, heads, context)
+                given = case(batch, heads, context, arguments.size)
                 ms = median_ms(partial(decode_attention, *given))
                 moved = batch * context * (LATENT + ROTARY) * 2
                 flop = 2 * batch * heads * context * (2 * LATENT + ROTARY)
@@ -72,7 +73,8 @@ def main() -> None:
                     row["error"] = ((got - want).float().abs().max() / want.float().abs().max()).item()
                 rows.append(row)
                 print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    save(arguments.json, {"copy": copy, "product": product, "rows": rows, "provenance": provenance()})
+    facts = {"copy": copy, "product": product, "size": arguments.size, "rows": rows}
+    save(arguments.json, facts | {"provenance": provenance()})
 
 
 if __name__ == "__main__":

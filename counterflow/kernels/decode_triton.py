@@ -1,7 +1,8 @@
 """Decoding's attention in Triton: the blocks are read where they lie, each once for a tile of heads.
 
 A sequence's keys are split among programs, so that few long sequences fill the device as well as many short ones; a
-second small kernel joins the splits by their log-sum-exp.
+second small kernel joins the splits by their log-sum-exp. Where a tile's entries lie is looked up one tile ahead: an
+address that waits for a load of its own turn is not read ahead, and the kernel then waits for every tile.
 """
 
 import math
@@ -24,37 +25,51 @@ def decode(
     tile = min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = batch * triton.cdiv(rows, tile)
     longest = blocks.shape[1] * size
-    splits = splits_of(
-        programs, longest, torch.cuda.get_device_properties(query.device).multi_processor_count
-    )
+    keys, warps, stages, shared = CHOSEN[tile]
+    places = shared * torch.cuda.get_device_properties(query.device).multi_processor_count
+    splits = splits_of(programs, longest, places)
     part = torch.empty(batch, splits, rows, latent, device=query.device, dtype=torch.float32)
     lse = torch.empty(batch, splits, rows, device=query.device, dtype=torch.float32)
     out = torch.empty(batch, rows, latent, device=query.device, dtype=query.dtype)
     query, positions = query.reshape(batch, rows, width), positions.contiguous()
-    keys, warps, stages = CHOSEN[tile]
     _split[(triton.cdiv(rows, tile), batch, splits)](  # pyright: ignore[reportIndexIssue]
         query, entries, blocks, positions, part, lse,
-        rows, heads, queries, blocks.stride(0), scale * math.log2(math.e),
+        rows, heads, queries, blocks.stride(0), scale * math.log2(math.e), splits,
         size=size, latent=latent, rotary=width - latent,
-        pad=max(16, triton.next_power_of_2(width - latent)), tile=tile, keys=keys, splits=splits,
+        pad=max(16, triton.next_power_of_2(width - latent)), tile=tile, keys=keys,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    many = triton.next_power_of_2(splits)
-    _join[(rows, batch)](part, lse, out, rows, latent=latent, splits=splits, many=many)  # pyright: ignore[reportIndexIssue]
+    some, many = min(latent, JOINED), triton.next_power_of_2(splits)
+    _join[(rows, batch, latent // some)](  # pyright: ignore[reportIndexIssue]
+        part, lse, out, rows, splits, latent=latent, some=some, many=many
+    )
     return out.view(batch, queries, heads, latent)
 
 
-CHOSEN = {16: (32, 4, 3), 32: (32, 4, 3), 64: (64, 8, 2)}
-"""By rows of a tile: keys read at once, warps, stages. The best of some forty on an H100, where two programs share a
-multiprocessor at 16 rows; at 64 rows the products bind, and Triton's reach a quarter of the device's."""
-WAVES = 4
-"""Programs for each multiprocessor, where there are enough keys to split."""
+CHOSEN = {16: (64, 8, 3, 1), 32: (32, 4, 3, 2), 64: (64, 8, 2, 1)}
+"""By rows of a tile: keys read at once, warps, stages, programs that share a multiprocessor. Of a sweep on an H200
+(`records/2026-12-01-decode-attention`); at 64 rows the products bind, and Triton's reach a third of the device's."""
+LEAST_KEYS, MOST_SPLITS = 128, 128
+"""Keys of a split, and splits of a sequence."""
+JOINED = 128
+"""Numbers of a row that a program joins: with more, many splits of them do not fit into its registers."""
 
 
-def splits_of(programs: int, longest: int, processors: int) -> int:
-    """In how many parts a sequence's keys are read: enough programs for the device, each with some tiles to read."""
-    wanted = max(1, -(-WAVES * processors // programs))
-    return max(1, min(wanted, longest // 128, 64))
+def splits_of(programs: int, longest: int, places: int) -> int:
+    """In how many parts a sequence's keys are read: as many as the device has places for at once, and no program more,
+    since one that is left over takes as long as all; each with some tiles to read."""
+    return max(1, min(places // programs, longest // LEAST_KEYS, MOST_SPLITS))
+
+
+@triton.jit
+def _block_of(table, k, stop, size: tl.constexpr, keys: tl.constexpr):
+    """The blocks of the entries from k on: one number where one block holds them all."""
+    if size % keys == 0:
+        block = tl.load(table + k // size, mask=k < stop, other=0)
+    else:
+        key = k + tl.arange(0, keys)
+        block = tl.load(table + key // size, mask=key < stop, other=0)
+    return block
 
 
 @triton.jit
@@ -74,9 +89,9 @@ def _fold(q, qr, value, turned, seen, scale, best, total, mean):
 @triton.jit
 def _split(
     query, entries, blocks, positions, part, lse,
-    rows, heads, queries, stride, scale,
+    rows, heads, queries, stride, scale, splits,
     size: tl.constexpr, latent: tl.constexpr, rotary: tl.constexpr, pad: tl.constexpr,
-    tile: tl.constexpr, keys: tl.constexpr, splits: tl.constexpr,
+    tile: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows over one split of a sequence's keys: the mean of values, and the log2 of the sum."""
     first, b, split = tl.program_id(0) * tile, tl.program_id(1), tl.program_id(2)
@@ -94,11 +109,13 @@ def _split(
     best = tl.full([tile], float("-inf"), tl.float32)
     total = tl.zeros([tile], tl.float32)
     mean = tl.zeros([tile, latent], tl.float32)
+    table = blocks + b * stride
+    block = _block_of(table, start, stop, size, keys)
     for k in range(start, stop, keys):
         key = k + tl.arange(0, keys)
         there = key < stop
-        block = tl.load(blocks + b * stride + key // size, mask=there, other=0)
         slot = (block * size + key % size).to(tl.int64)
+        block = _block_of(table, k + keys, stop, size, keys)
         at = entries + slot[:, None] * width
         value = tl.load(at + c[None, :], mask=there[:, None], other=0.0)
         turned = tl.load(at + latent + r[None, :], mask=there[:, None] & (r < rotary)[None, :], other=0.0)
@@ -112,10 +129,12 @@ def _split(
 
 
 @triton.jit
-def _join(part, lse, out, rows, latent: tl.constexpr, splits: tl.constexpr, many: tl.constexpr):
-    """One query row's splits, weighted by their sums."""
+def _join(
+    part, lse, out, rows, splits, latent: tl.constexpr, some: tl.constexpr, many: tl.constexpr
+):  # fmt: skip
+    """Some numbers of one query row's splits, weighted by their sums."""
     row, b = tl.program_id(0), tl.program_id(1)
-    s, c = tl.arange(0, many), tl.arange(0, latent)
+    s, c = tl.arange(0, many), tl.program_id(2) * some + tl.arange(0, some)
     place = (b * splits + s) * rows + row
     sums = tl.load(lse + place, mask=s < splits, other=float("-inf"))
     weight = tl.exp2(sums - tl.max(sums, 0))
