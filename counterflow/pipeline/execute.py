@@ -17,7 +17,7 @@ from torch import Tensor
 from counterflow.pipeline.record import Recorder, recorded
 from counterflow.pipeline.stage import Pass, StepSettings, Sums
 from counterflow.schedule.relation import needs
-from counterflow.schedule.weave import weave
+from counterflow.schedule.weave import sent_behind, weave
 from counterflow.schedule.words import Carried, Cell, Chunk, Kind, Op, Plan, Product, Schedule, StageId
 
 Feed = Callable[[int, int], Tensor]
@@ -186,10 +186,9 @@ class Executor:
 
 
 def _actions(cell: Cell, plans: Mapping[StageId, Plan]) -> Iterator[Action]:
-    """A cell's ops with what happens around each chunk: receive before its first, send after its last F or I."""
-    ops = weave(cell, plans)
-    left = {chunk: [op for op in ops if op.chunk == chunk] for chunk in cell}
-    begun: set[Chunk] = set()
+    """A cell's ops with what happens around each chunk: receive before its first op, hand on behind `sent_behind`'s."""
+    ops, handed = weave(cell, plans), sent_behind(cell, plans)
+    left = {chunk: sum(op.chunk == chunk for op in ops) for chunk in cell}
     for chunk in cell:
         if not left[chunk]:  # a stage with nothing to do hands on what it gets
             yield from (
@@ -197,14 +196,16 @@ def _actions(cell: Cell, plans: Mapping[StageId, Plan]) -> Iterator[Action]:
                 for do in (Do.BEGIN, Do.SEND, Do.END)
                 if do is not Do.SEND or chunk.kind is not Kind.W
             )
+    begun: set[Chunk] = set()
     for op in ops:
-        chunk = op.chunk
-        if chunk not in begun:
-            begun.add(chunk)
-            yield Do.BEGIN, chunk, None
-        yield Do.OP, chunk, op
-        left[chunk].remove(op)
-        if op.kind is not Kind.W and not any(other.kind is not Kind.W for other in left[chunk]):
+        if op.chunk not in begun:
+            begun.add(op.chunk)
+            yield Do.BEGIN, op.chunk, None
+        yield Do.OP, op.chunk, op
+        left[op.chunk] -= 1
+        for chunk in [chunk for chunk, behind in handed.items() if behind == op]:
+            del handed[chunk]
             yield Do.SEND, chunk, None
-        if not left[chunk]:
+        for chunk in [chunk for chunk in begun if not left[chunk] and chunk not in handed]:
+            begun.remove(chunk)
             yield Do.END, chunk, None

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from counterflow.schedule.relation import op_needs, ops
-from counterflow.schedule.words import TRANSFERS, Cell, Kind, Lane, Op, Part, Plan, StageId
+from counterflow.schedule.words import TRANSFERS, Cell, Chunk, Kind, Lane, Op, Part, Plan, StageId
 
 FIGURE_4 = (
     (("F", "first"), ("B", "mlp")),
@@ -37,16 +37,9 @@ class Turn(NamedTuple):
 
 def lanes(cell: Cell, plans: Mapping[StageId, Plan]) -> dict[Lane, tuple[Op, ...]]:
     """Every op of a cell once, in the order of its lane."""
-    chains: dict[str, list[Op]] = {"F": [], "B": []}
-    for chunk in cell:
-        side = chains["F" if chunk.kind is Kind.F else "B"]
-        assert not side, f"a cell has at most one forward and one backward chunk: {cell}"
-        side += ops(chunk, plans[chunk.stage])
-    opening_f, turns_f = _turns(chains["F"])
-    opening_b, turns_b = _turns(chains["B"])
-    turns = {"F": turns_f, "B": turns_b}
-    issued = [*opening_b, *(turns_b[0].first if turns_b else ()), *opening_f]
-    for index in range(max(len(turns_f), len(turns_b))):
+    openings, turns = _turned(cell, plans)
+    issued = [*openings["B"], *(turns["B"][0].first if turns["B"] else ()), *openings["F"]]
+    for index in range(max(map(len, turns.values()))):
         for row in FIGURE_4:
             for side, group in row:
                 place = index + (side == "B" and group == "first")
@@ -79,6 +72,38 @@ def weave(cell: Cell, plans: Mapping[StageId, Plan]) -> tuple[Op, ...]:
         release()
     assert not waiting, f"transfers of {cell} wait for what their chunk does not do"
     return tuple(issued)
+
+
+def sent_behind(cell: Cell, plans: Mapping[StageId, Plan]) -> dict[Chunk, Op]:
+    """The op behind which each chunk's x or dx is handed on; a chunk that has no such op is left out.
+
+    That is the chunk's last op; where it is a transfer, the attention that it hides behind, since whoever hands on what
+    is under way waits for it. [Fig. 4]
+    """
+    found: dict[Chunk, Op] = {}
+    turns = _turned(cell, plans)[1]
+    for chunk in cell:
+        giving = [op for op in ops(chunk, plans[chunk.stage]) if op.kind is not Kind.W]
+        if not giving:
+            continue
+        found[chunk] = giving[-1]
+        if giving[-1].part in TRANSFERS and len(turns["F"]) <= len(turns["B"]):
+            beside = turns["B"][len(turns["F"]) - 1].rest
+            found[chunk] = [giving[-1], *(op for op in beside if op.layer == beside[0].layer)][-1]
+    return found
+
+
+def _turned(cell: Cell, plans: Mapping[StageId, Plan]) -> tuple[dict[str, list[Op]], dict[str, list[Turn]]]:
+    """What comes before the first transfer of the cell's forward and backward chunk, and their turns."""
+    chains: dict[str, list[Op]] = {"F": [], "B": []}
+    for chunk in cell:
+        side = chains["F" if chunk.kind is Kind.F else "B"]
+        assert not side, f"a cell has at most one forward and one backward chunk: {cell}"
+        side += ops(chunk, plans[chunk.stage])
+    found = {side: _turns(chain) for side, chain in chains.items()}
+    return {side: opening for side, (opening, _) in found.items()}, {
+        side: own for side, (_, own) in found.items()
+    }
 
 
 def _turns(chain: list[Op]) -> tuple[list[Op], list[Turn]]:

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.schedule.relation import op_needs, ops
-from counterflow.schedule.weave import FIGURE_4, lanes, weave
+from counterflow.schedule.weave import FIGURE_4, lanes, sent_behind, weave
 from counterflow.schedule.words import OWING, TRANSFERS, Chunk, Kind, Lane, Op, Part, StageId
 from tests.schedule.cases import moe_layer, plans
 
@@ -155,3 +155,23 @@ def test_ops_say_what_they_are():
     chunk = Chunk(Kind.B, THERE, 3)
     assert str(Op(Kind.W, Part.MLP, 5, chunk)) == "MLP5 W3'"
     assert Op(Kind.I, Part.COMBINE, 5, chunk).lane is Lane.ALL_TO_ALL
+
+
+@given(KINDS, plans(), plans(first=7), st.booleans())
+def test_what_a_chunk_gives_is_handed_on_behind_its_last_op(kinds, here, there, backward_first):
+    cell, plan_of = cell_of(kinds, backward_first), {HERE: here, THERE: there}
+    issued, found = weave(cell, plan_of), sent_behind(cell, plan_of)
+    for chunk in cell:
+        giving = [place for place, op in enumerate(issued) if op.chunk == chunk and op.kind is not Kind.W]
+        assert (chunk in found) == bool(giving)
+        if giving:
+            assert issued.index(found[chunk]) >= giving[-1]
+            assert found[chunk].part not in TRANSFERS or found[chunk] == issued[giving[-1]]
+
+
+def test_fig4_the_pipelines_sends_follow_the_attention_beside_the_last_combine():
+    plan_of = {HERE: moe_layer(0) + moe_layer(1), THERE: moe_layer(3) + moe_layer(4) + moe_layer(5)}
+    forward, backward = cell = cell_of((Kind.F, Kind.B))
+    found = sent_behind(cell, plan_of)
+    assert said([found[forward], found[backward]]) == ["ATTN4(W)", "ATTN3(B)"]
+    assert said([sent_behind(cell[:1], plan_of)[forward]]) == ["COMBINE1(F)"]
