@@ -140,11 +140,19 @@ class Layer(nn.Module):
 
     def mlp(self, flow: Flow) -> Flow:
         """MLP: the dense FFN, or the shared experts onto the residual and the routed ones on what arrived."""
+        return self.routed(self.unrouted(flow))
+
+    def unrouted(self, flow: Flow) -> Flow:
+        """The half of MLP that needs nothing from elsewhere: the dense FFN or the shared experts, onto the residual."""
         assert flow.u is not None, "MLP follows ATTN, which makes the FFN's input"
+        own = self.shared if self.is_moe else self.dense
+        return replace(flow, h=flow.h if own is None else flow.h + own(flow.u, flow.context.ledger), u=None)
+
+    def routed(self, flow: Flow) -> Flow:
+        """The other half: the routed experts on what arrived."""
         if flow.arrived is None:
-            return replace(flow, h=flow.h + self.dense(flow.u, flow.context.ledger), u=None)
-        h = flow.h if self.shared is None else flow.h + self.shared(flow.u, flow.context.ledger)
-        return replace(flow, h=h, u=None, y=self.experts(flow.arrived, flow.context.ledger))
+            return flow
+        return replace(flow, y=self.experts(flow.arrived, flow.context.ledger))
 
     def combine(self, flow: Flow) -> Flow:
         """COMBINE: the experts' sums back onto the residual."""

@@ -215,18 +215,18 @@ class Stage:
         state.under_way = flow.context.dispatcher.dispatch(flow.u, flow.route)
 
     def _mlp(self, state: Pass, index: int, sums: Sums) -> None:
+        """What needs nothing from elsewhere first: arrivals are waited for behind the shared experts."""
         flow, layer = state.flow, self._layer(index)
         assert flow is not None and flow.u is not None, "MLP follows ATTN"
         leaves = {"u": leaf(flow.u)}
-        arrived = None
+        context = self._context(state, len(flow.h), (Part.MLP, index))
+        done = layer.unrouted(replace(flow, context=context, u=leaves["u"], route=None))
         if state.under_way is not None:
             arrived = state.arrived[index] = state.under_way.wait()
             state.under_way = None
             leaves |= {"rows": leaf(arrived.rows), "arrived_gates": leaf(arrived.gates)}
             arrived = replace(arrived, rows=leaves["rows"], gates=leaves["arrived_gates"])
-        context = self._context(state, len(flow.h), (Part.MLP, index))
-        entered = replace(flow, context=context, u=leaves["u"], route=None, arrived=arrived)
-        done = layer.mlp(entered)
+            done = layer.routed(replace(done, arrived=arrived))
         outputs = {"h": done.h} if done.y is None else {"h": done.h, "y": done.y}
         self._keep(state, (Part.MLP, index), leaves, outputs)
         if done.y is None:
