@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer.request import Sampling
+from counterflow.infer.states import upload
 
 
 def distribution(logits: Float[Tensor, "*B V"], samplings: Items[Sampling]) -> Float[Tensor, "*B V"]:
@@ -40,7 +41,7 @@ def _limited(p: Float[Tensor, "*B V"], samplings: Items[Sampling]) -> Float[Tens
 
 def _column(like: Float[Tensor, "*B V"], values: Items[float]) -> Float[Tensor, "..."]:
     """One value a request, to be broadcast over the rest of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))
+    return upload(values, like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
 def draw(p: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> Int[Tensor, "B"]:

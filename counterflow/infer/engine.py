@@ -32,8 +32,8 @@ class EngineSettings:
     """Sequences that run at once."""
     max_rows: int = 512
     """Positions of a step, all sequences and drafts together: longer prompts are run in chunks."""
-    block_size: int = 16
-    """Positions of a block of the cache."""
+    block_size: int = 64
+    """Positions of a block of the cache: the GPU's kernel reads as many at once. Prompts share whole blocks."""
     cache_bytes: float = 2**30
     """At most so much for the cache; less if `max_sequences` of the model's longest texts need less."""
     drafts: int = ALL

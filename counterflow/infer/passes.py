@@ -3,9 +3,9 @@
 Rows of several sequences are laid end to end, as they are. Where passes are recorded as graphs (`graphs.py`), those of
 decoding are laid evenly instead: as many rows for each sequence, filled up to a bucket, so that few shapes are met.
 
-An even pass can choose the likeliest token behind each row too, and read tokens that a pass before it has chosen, so
-that a chain of drafts and the pass that verifies them are issued without a word from the device. On the host such a
-token is a code, −1 − its place in `Passes.drafted`, until `resolved`.
+Drafts stay on the device until they are judged: on the host such a token is a code, −1 − its place in
+`Passes.drafted`, until `resolved`. An even pass reads them there, and can choose the likeliest token behind each row
+too, so that a chain of drafts and the pass that verifies them are issued without a word from the device.
 """
 
 import logging
@@ -49,7 +49,7 @@ class Passes:
     ) -> None:
         self.model, self.cache, self.graphs, self.longest = model, cache, graphs, longest
         self.drafted = torch.zeros(places + 1, dtype=torch.long, device=model.head.device)
-        """Tokens that passes have chosen; the last is nobody's."""
+        """Drafts, by their places; the last is nobody's."""
 
     def trunk(self, extents: Items[Extent], tokens: Items[list[int]], choose: bool = False) -> Passed:
         """The whole model but its head; `choose` asks for the likeliest tokens."""

@@ -19,7 +19,7 @@ from counterflow.infer.distribution import distribution
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
 from counterflow.infer.speculate import Drafter, greedy_verdict, verdict
-from counterflow.infer.states import rows_of
+from counterflow.infer.states import rows_of, upload
 from counterflow.model.transformer import Transformer
 
 
@@ -64,7 +64,7 @@ class Runner:
         drafted = mark(device)
         h, starts, best = self._trunk(works, drafts)
         made = [Made([], [], []) for _ in works]
-        self._sample(works, self.passes.resolved(drafts), q, uniforms, h, starts, best, made)
+        self._sample(works, drafts, q, uniforms, h, starts, best, made)
         for work, start, result in zip(works, starts, made, strict=True):
             if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
                 result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
@@ -109,13 +109,17 @@ class Runner:
         rows = [
             [first + min(k, works[i].drafts) for k in range(deepest + 1)] for i, first in zip(chosen, firsts)
         ]
+        logits = None
         if best is not None:
-            likeliest, logits = best.tolist(), None
+            likeliest = best.tolist()
+            drafts = self.passes.resolved(drafts)
             found = greedy_verdict([[likeliest[r] for r in row] for row in rows], [drafts[i] for i in chosen])
         else:
-            logits = passes.logits_of(self.model, h[torch.tensor(rows, device=h.device).flatten()])
+            asked = [row for some in rows for row in some]
+            logits = passes.logits_of(self.model, h[upload(asked, h.device)])
             logits = logits.view(len(chosen), deepest + 1, -1)
             found = self._judged(works, drafts, q, uniforms, chosen, logits)
+            drafts = self.passes.resolved(drafts)
         for row, (i, (keep, token)) in enumerate(zip(chosen, found, strict=True)):
             made[i].tokens = [*drafts[i][:keep], token]
             wanted = works[i].sequence.sampling.logprobs
@@ -131,24 +135,24 @@ class Runner:
         chosen: list[int],
         logits: Float[Tensor, "B K1 V"],
     ) -> list[tuple[int, int]]:
-        """Drafts kept and the token behind them, of the chosen works."""
+        """Drafts kept and the token behind them, of the chosen works; the drafts are still codes."""
         if not any(works[i].sequence.sampling.temperature for i in chosen):
+            drafts = self.passes.resolved(drafts)
             return greedy_verdict(logits.argmax(-1).tolist(), [drafts[i] for i in chosen])
         deepest, device = logits.shape[1] - 1, logits.device
         p = distribution(logits, [works[i].sequence.sampling for i in chosen])
-        padded = [drafts[i] + [0] * (deepest - works[i].drafts) for i in chosen]
-        numbers = [uniforms[i][works[i].drafts : -1] + [0.0] * (deepest - works[i].drafts) for i in chosen]
-        drawn_from = p[:, :0] if q is None else q[torch.tensor(chosen, device=device), :deepest]
+        missing = [[0] * (deepest - works[i].drafts) for i in chosen]
+        codes = [code for i, none in zip(chosen, missing) for code in (*drafts[i], *none)]
+        judging = [
+            uniforms[i][works[i].drafts : -1] + [*none, uniforms[i][-1]] for i, none in zip(chosen, missing)
+        ]
+        numbers = [number for row in judging for number in row]
         kept, following = verdict(
             p,
-            drawn_from,
-            torch.tensor(padded, dtype=torch.long, device=device),
-            torch.tensor([works[i].drafts for i in chosen], device=device),
-            torch.tensor(
-                [row + uniforms[i][-1:] for i, row in zip(chosen, numbers)],
-                dtype=torch.float64,
-                device=device,
-            ),
+            p[:, :0] if q is None else q[upload(chosen, device), :deepest],
+            self.passes.drafted[-1 - upload(codes, device)].view(len(chosen), deepest),
+            upload([works[i].drafts for i in chosen], device),
+            upload(numbers, device, torch.float64).view(len(chosen), deepest + 1),
         )
         return list(zip(kept.tolist(), following.tolist(), strict=True))
 

@@ -28,7 +28,7 @@ from counterflow.infer.cache import NOBODY, Extent
 from counterflow.infer.distribution import distribution, draw
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence
-from counterflow.infer.states import Row, gather, rows_of
+from counterflow.infer.states import Row, gather, rows_of, upload
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Chain:
     uniforms: list[list[float]]
     """A number for each draft."""
     tokens: list[list[int]]
-    """Drafts so far, or codes of those that only the device knows yet."""
+    """Drafts so far, as codes of where the device keeps them."""
     q: Float[Tensor, "B K V"] | None
     """What each draft was drawn from, zero where there is none; None where all take the likeliest token."""
     ahead: dict[int, list[Row]] = field(default_factory=dict)
@@ -157,31 +157,29 @@ class Drafter:
         return depth * len(chain.sequences) + index
 
     def _choose(self, chain: Chain, depth: int, hidden: dict[int, Row], there: bool) -> None:
-        """The sequences' next draft from this depth's hidden states, where one is wanted; a code if it is `there`."""
+        """The sequences' next draft from this depth's hidden states, where one is wanted and it is not `there` yet."""
         chosen = [index for index in hidden if chain.wanted[index] > depth]
         if not chosen:
             return
         chain.newest = {index: hidden[index] for index in chosen}
-        if there:
-            for index in chosen:
-                chain.tokens[index].append(-1 - self._place(chain, index, depth))
-            return
-        logits = passes.logits_of(self.model, gather([hidden[index] for index in chosen]))
-        if chain.q is None:
-            drafted = logits.argmax(-1)
-        else:
-            drafted = self._draw(chain, chain.q, depth, chosen, logits)
-        for index, token in zip(chosen, drafted.tolist(), strict=True):
-            chain.tokens[index].append(token)
+        places = [self._place(chain, index, depth) for index in chosen]
+        if not there:
+            logits = passes.logits_of(self.model, gather([hidden[index] for index in chosen]))
+            drafted = (
+                logits.argmax(-1) if chain.q is None else self._draw(chain, chain.q, depth, chosen, logits)
+            )
+            self.passes.drafted[upload(places, drafted.device)] = drafted
+        for index, place in zip(chosen, places, strict=True):
+            chain.tokens[index].append(-1 - place)
 
     def _draw(
         self, chain: Chain, q: Float[Tensor, "B K V"], depth: int, chosen: list[int], logits: Tensor
     ) -> Int[Tensor, "_"]:
         """A draft of each of the chosen, and what it was drawn from into `q`."""
         p = distribution(logits, [chain.sequences[index].sampling for index in chosen])
+        q[upload(chosen, p.device), depth] = p
         uniform = [chain.uniforms[index][depth] for index in chosen]
-        q[torch.tensor(chosen, device=p.device), depth] = p
-        return draw(p, torch.tensor(uniform, dtype=torch.float64, device=p.device))
+        return draw(p, upload(uniform, p.device, torch.float64))
 
 
 def greedy_verdict(best: list[list[int]], drafts: list[list[int]]) -> list[tuple[int, int]]:

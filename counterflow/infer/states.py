@@ -7,16 +7,18 @@ runs, for all sequences at once: cut out and joined sequence by sequence they co
 from collections.abc import Sequence as Items
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 Row = tuple[Tensor, int]
 """A pass's output (T, D) and one of its rows."""
 
 
-def upload(numbers: list[int], device: torch.device) -> Int[Tensor, "_"]:
+def upload(
+    numbers: Items[int] | Items[float], device: torch.device, dtype: torch.dtype = torch.long
+) -> Shaped[Tensor, "_"]:
     """Numbers on the device, which the host does not wait for."""
-    there = torch.tensor(numbers, dtype=torch.long, pin_memory=device.type == "cuda")
+    there = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return there.to(device, non_blocking=True)
 
 

@@ -68,7 +68,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(chain, monkeypatch):
     def watched(self, sequences, wanted, uniforms):
         known = [list(sequence.tokens) for sequence in sequences]
         chain = inner(self, sequences, wanted, uniforms)
-        seen.extend(zip(known, chain.tokens, strict=True))
+        seen.extend(zip(known, self.passes.resolved(chain.tokens), strict=True))
         return chain
 
     monkeypatch.setattr(run.Drafter, "draft", watched)
