@@ -1,8 +1,8 @@
 """What this machine reaches at a model's shapes, as the file that `counterflow plan --hardware` reads.
 
 Every rate is timed with the functions that training calls and divided by what `plan` counts for them, so that the
-planner gives back the times that were measured. Launches are timed with a layer of few tokens, whose time is the
-host's alone: autograd and Python cost more than a bare kernel. Processes measure at once, as they train at once, and
+planner gives back the times that were measured. Launches are timed with a narrow model's step on few tokens
+(`launches`): autograd and Python cost more than a bare kernel. Processes measure at once, as they train at once, and
 the slowest speaks for all. Not taken: a table of times by shape, which says nothing of another micro-batch.
 """
 
@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from counterflow.benchmark.launches import launch_seconds
 from counterflow.benchmark.processes import on_processes
 from counterflow.benchmark.timing import (
     Bench,
     RatesSettings,
     attention_rate,
     grouped_rate,
-    launch_seconds,
     passes_rate,
     product_rate,
 )
