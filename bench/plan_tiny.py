@@ -2,8 +2,9 @@
 
 `counterflow bench rates` measures both processes at once; step, ops and memory are predicted from its file alone; then
 two processes train the real thing under each schedule. Steps are told by the clock and in processor seconds, into which
-other work on the machine enters less; ops by the clock; memory as the process's resident bytes, phase by phase, so
-that a gap has a place. Best run alone: `nice -n -10 python bench/plan_tiny.py --folder records/DATE-plan/tiny`.
+other work on the machine enters less; ops by the clock; memory as the resident bytes that are in use, with the resident
+ones phase by phase beside them: what the heap keeps between blocks of many sizes is not planned for. Best run alone:
+`nice -n -10 python bench/plan_tiny.py --folder records/DATE-plan-tiny`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from counterflow.benchmark.rates import (
     RatesSettings,
     free_heap_bytes,
     measure_rates,
+    most_in_use,
     rates_toml,
     resident_bytes,
 )
@@ -66,6 +68,7 @@ def _rank(mesh: Mesh, run: RunConfig, steps: int, folder: str) -> None:
     phases["free in the heap between steps"] = free_heap_bytes()
     recorder = Recorder(torch.device("cpu"))
     trainer.step(recorder)
+    phases["in use"] = most_in_use(trainer.step)
     ops = [(op.kind, op.part, op.layer, seconds) for op, seconds in ops_of(recorder.spans())]
     found = {
         "phases": phases,
@@ -114,11 +117,12 @@ def compared(run: RunConfig, costs: Costs, steps: int) -> dict[str, object]:
     ranks = trained(run, steps)
     clock = statistics.median(max(both) for both in zip(*(rank["clock_s"] for rank in ranks)))
     used = statistics.median(sum(both) for both in zip(*(rank["processor_s"] for rank in ranks)))
-    peak = max(rank["phases"]["peak"] for rank in ranks)
+    peak, in_use = (max(rank["phases"][name] for rank in ranks) for name in ("peak", "in use"))
     print(
         f"{costs.layout.schedule:9} clock {step.seconds:.3f} s predicted, {clock:.3f} measured: "
         f"{step.seconds / clock - 1:+.0%}; processors {busy:.3f} and {used:.3f}: {busy / used - 1:+.0%}; memory "
-        f"{expected.total / 1e6:.0f} and {peak / 1e6:.0f} MB: {expected.total / peak - 1:+.0%}",
+        f"{expected.total / 1e6:.0f} and {in_use / 1e6:.0f} MB in use: {expected.total / in_use - 1:+.0%}, "
+        f"{peak / 1e6:.0f} resident",
         flush=True,
     )
     for name, row in by_op(step, ranks).items():
@@ -134,7 +138,8 @@ def compared(run: RunConfig, costs: Costs, steps: int) -> dict[str, object]:
     measured = {
         "step_s": clock,
         "processor_s": used,
-        "bytes": peak,
+        "bytes": in_use,
+        "resident_bytes": peak,
         "ranks": [_short(rank) for rank in ranks],
     }
     ops = by_op(step, ranks)

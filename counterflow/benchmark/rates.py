@@ -1,8 +1,8 @@
 """What this machine reaches at a model's shapes, as the file that `counterflow plan --hardware` reads.
 
 Every rate is timed with the functions that training calls and divided by what `plan` counts for them, so that the
-planner gives back the times that were measured. Launches are timed with a layer of few tokens, whose time is the
-host's alone: autograd and Python cost more than a bare kernel. Processes measure at once, as they train at once, and
+planner gives back the times that were measured. Launches are timed with a narrow model's step on few tokens
+(`launches`): autograd and Python cost more than a bare kernel. Processes measure at once, as they train at once, and
 the slowest speaks for all. Not taken: a table of times by shape, which says nothing of another micro-batch.
 """
 
@@ -12,28 +12,33 @@ import json
 import resource
 import statistics
 import tempfile
+import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from counterflow.benchmark.launches import FEW, NARROW, launch_seconds
 from counterflow.benchmark.processes import on_processes
+from counterflow.benchmark.steps import RandomTokens
 from counterflow.benchmark.timing import (
     Bench,
     RatesSettings,
     attention_rate,
     grouped_rate,
-    launch_seconds,
     passes_rate,
     product_rate,
 )
 from counterflow.comm.mesh import Mesh
+from counterflow.config.load import load_run
 from counterflow.config.models import MODELS
 from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError
 from counterflow.kernels.memory import keep_freed_memory
+from counterflow.train.trainer import Trainer
 
 __all__ = ["Rates", "RatesSettings", "measure_rates", "rates_toml"]
 LINK_BYTES = 16 << 20
@@ -150,7 +155,17 @@ def _measured(mesh: Mesh, settings: RatesSettings) -> Rates:
     del copied, into
     found = (product_rate(bench), grouped_rate(bench), attention_rate(bench), copy, passes_rate(bench))
     launch, joined = launch_seconds(bench), link(bench)
+    train_once(mesh, settings.precision)
     return Rates(*found, launch, reserved_bytes(mesh.device), *joined)
+
+
+def train_once(mesh: Mesh, precision: str) -> None:
+    """A training step of a narrow model, so that the process holds what training loads besides tensors."""
+    words = [f"parallel.data={mesh.data}", "parallel.pipeline=1", f"train.precision={precision}"]
+    words += [f"data.sequence_length={FEW}", "train.micro_batch_size=1", "train.batch_start=0"]
+    run = load_run("tiny", [*words, f"train.batch_size={mesh.data}"])
+    run = replace(run, model=NARROW)
+    Trainer(run, RandomTokens(run), mesh).step()  # pyright: ignore[reportArgumentType]
 
 
 class _MallInfo(ctypes.Structure):
@@ -177,6 +192,23 @@ def reserved_bytes(device: torch.device) -> float:
         free, total = torch.cuda.mem_get_info(device)
         return float(total - free - torch.cuda.memory_reserved(device))
     return float(resident_bytes() - free_heap_bytes())
+
+
+def most_in_use(act: Callable[[], object]) -> int:
+    """The most bytes that are resident and in use during an act: without what the heap holds and nothing uses."""
+    most, over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(1e-3):
+            most = max(most, resident_bytes() - free_heap_bytes())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    act()
+    over.set()
+    watching.join()
+    return most
 
 
 def resident_bytes(name: str = "VmRSS") -> int:

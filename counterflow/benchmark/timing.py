@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,28 +14,13 @@ from counterflow.kernels.attention import attention
 from counterflow.kernels.grouped import grouped_matmul
 from counterflow.kernels.norm import rms_norm
 from counterflow.kernels.swiglu import swiglu, swiglu_backward
-from counterflow.model.transformer import Transformer, initialise
-from counterflow.pipeline.stage import Pass, Stage, StepSettings, Sums
-from counterflow.plan.eager import eager, norm_bytes, swiglu_bytes
+from counterflow.plan.eager import norm_bytes, swiglu_bytes
 from counterflow.plan.job import Job, Layout
-from counterflow.plan.stages import layer_plan
 from counterflow.plan.work import Workload
-from counterflow.schedule.words import OWING, TRANSFERS, Chunk, Kind, Op, Part, StageId
+from counterflow.schedule.words import Kind
 
 COPIES = 8
 """Of an act's operands, used in turn: as in training, where each op meets another layer's or micro-batch's."""
-FEW = 8
-"""Tokens of the layer that times the host."""
-NARROW = replace(
-    MODELS["tiny"],
-    vocab_size=64,
-    hidden_size=64,
-    num_layers=2,
-    moe_intermediate_size=32,
-    num_routed_experts=8,
-    num_mtp_modules=0,
-)
-"""And its model: so narrow that products and passes take next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -223,38 +208,3 @@ def passes_rate(bench: Bench) -> float:
         for kind in (Kind.F, Kind.I)
     )
     return moved / bench.seconds(make)
-
-
-def launch_seconds(bench: Bench) -> float:
-    """Of the host for one kernel, as `plan.eager` counts them: a narrow layer with experts on few tokens, F, I, W."""
-    model = Transformer(NARROW)
-    initialise(model, 0)
-    model.to(bench.device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(bench.dtype)
-        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
-    plan = layer_plan(NARROW, 1)
-    stage, h = Stage(model, plan), bench.draw(FEW, NARROW.hidden_size)
-    ops = [
-        Op(kind, part, 1, Chunk(kind, StageId(0, 0), 0)) for kind, part in _order([part for part, _ in plan])
-    ]
-
-    def act() -> None:
-        state, sums = Pass(None, StepSettings(1, FEW, 1.0), h=h, grads={"h": h}), Sums()
-        for op in ops:
-            with torch.set_grad_enabled(op.kind is Kind.F):
-                stage.run(op, state, sums)
-
-    load = Workload(
-        Job(NARROW, FEW, 1, 1.0, bench.settings.precision), Layout(1, 1), on_gpu=bench.device.type == "cuda"
-    )
-    counted = [op for op in ops if op.part not in TRANSFERS]
-    kernels = sum(eager(load, op.kind, op.part, True, load(op.kind, op.part, 1)).kernels for op in counted)
-    return bench.seconds(lambda: act) / kernels
-
-
-def _order(parts: Sequence[Part]) -> Iterator[tuple[Kind, Part]]:
-    """A chunk's ops: F down, I up, W up."""
-    yield from ((Kind.F, part) for part in parts)
-    yield from ((Kind.I, part) for part in reversed(parts))
-    yield from ((Kind.W, part) for part in reversed(parts) if part in OWING)

@@ -132,6 +132,8 @@ def _place(wish: Wish, config: RunConfig) -> None:
     """Every layer's copies on --gpus cards."""
     given, card = read_json(wish.place), hardware(wish.card, wish.fabric, wish.hardware).card
     layers = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+    if len({len(_numbers(loads)) for loads in layers}) > 1:
+        raise ConfigError(f"'{wish.place}' has layers of different lengths; each must list the same experts.")
     nodes = max(1, wish.gpus // card.gpus_per_node)
     pairs: list[tuple[Placement, Placement]] = []
     for loads in map(_numbers, layers):
@@ -183,12 +185,15 @@ def _require(wish: Wish) -> None:
         raise ConfigError(f"--{instead[0]} and --{instead[1]} are two questions; ask one at a time.")
     unread = [name for name in ("html", "launch") if instead and getattr(wish, name)]
     unread += ["svg"] if wish.svg and not wish.scale else []
+    unread += ["slots"] if wish.slots and not wish.place else []
     if unread:
         raise ConfigError(
             f"--{unread[0]} is not for {f'--{instead[0]}' if instead else 'a plan'}; leave one out."
         )
     if wish.gpus < 1:
         raise ConfigError(f"--gpus is {wish.gpus}; a run needs at least 1.")
+    if wish.slots < 0:
+        raise ConfigError(f"--slots is {wish.slots}; it must be at least the number of experts, or 0.")
     if not 0 <= wish.dollars < float("inf"):
         raise ConfigError(f"--dollars is {wish.dollars}; it must be a number from 0 on.")
 

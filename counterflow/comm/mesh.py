@@ -111,6 +111,12 @@ class Mesh:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
 
+    def bring(self, samples: Tensor) -> Tensor:
+        """Samples of the host's on this rank's device; a GPU is not waited for, as a plain copy would."""
+        if self.device.type != "cuda":
+            return samples.to(self.device)
+        return samples.pin_memory().to(self.device, non_blocking=True)
+
     def global_rank(self, pipeline_rank: int) -> int:
         """The rank of another row with this rank's data."""
         return pipeline_rank * self.data + self.data_rank

@@ -1,9 +1,10 @@
 """Seconds: of every op from its arithmetic, memory and links; of a step from its ops through the schedule.
 
-Computation is products at a part of the card's peak plus passes at a part of its bandwidth, one after another, and no
-shorter than its launches. A transfer is the slower of its two hops, which flow into each other: between nodes once to
-each node, within a node once to each rank [§3.2.2]. Beside a transfer computation has fewer multiprocessors. When each
-starts is the simulator's to say; nothing here knows a schedule's order.
+Computation is products at a part of the card's peak plus passes at a part of its bandwidth, one after another. A
+GPU's host issues kernels ahead of it, so that launches are a clock of their own; on a CPU they take computing time. A
+transfer is the slower of its two hops, which flow into each other: between nodes once to each node, within a node
+once to each rank [§3.2.2]. Beside a transfer computation has fewer multiprocessors. When each starts is the
+simulator's to say; nothing here knows a schedule's order.
 """
 
 from collections.abc import Mapping
@@ -71,13 +72,19 @@ class Costs:
         return eager(self.load, kind, part, moe, work) if self.job.is_eager else work
 
     def seconds(self, kind: Kind, part: Part, layer: int, beside: bool) -> float:
-        """Of an op; `beside` says that a transfer of another chunk runs with it."""
+        """Of an op on the device; `beside` says that a transfer of another chunk runs with it."""
         if part in TRANSFERS:
             return self.transfer(kind, part)
         return _seconds(self, kind, part, self.job.model.is_moe(layer), beside)
 
+    def issue_s(self, kind: Kind, part: Part, layer: int) -> float:
+        """Of a GPU's host, to issue an op's kernels; 0 on a CPU, where they are part of the op."""
+        if part in TRANSFERS or not self.load.on_gpu:
+            return 0.0
+        return self.work(kind, part, layer).kernels * self.hardware.card.launch_s
+
     def computed(self, work: Work, share: float) -> float:
-        """Of computation on a share of the multiprocessors."""
+        """Of computation on a share of the multiprocessors; on a CPU with its launches."""
         hardware, card = self.hardware, self.hardware.card
         bandwidth = card.memory_bytes_per_s * hardware.efficiencies.memory
         wide = "fp32" if self.job.precision == "fp32" else "bf16"
@@ -96,8 +103,7 @@ class Costs:
             + work.attention / (core * share)
         )
         time += work.wide / (hardware.flops_per_s(wide) * share) if work.wide else 0.0
-        launches = work.kernels * card.launch_s
-        return max(time, launches) if card.multiprocessors else time + launches
+        return time if self.load.on_gpu else time + work.kernels * card.launch_s
 
     def volumes(self, kind: Kind, part: Part) -> Volumes:
         """What a transfer sends: dispatch, and combine's backward, may be quantised; the other two never are."""
@@ -125,9 +131,8 @@ class Costs:
         """Seconds of one layer with experts, forward and whole backward, nothing beside anything."""
         layer = self.job.model.num_layers - 1
         parts = (Part.ATTN, Part.DISPATCH, Part.MLP, Part.COMBINE)
-        return sum(
-            self.seconds(kind, part, layer, False) for kind in (Kind.F, Kind.I, Kind.W) for part in parts
-        )
+        ops = [(kind, part, layer) for kind in (Kind.F, Kind.I, Kind.W) for part in parts]
+        return max(sum(self.seconds(*op, False) for op in ops), sum(self.issue_s(*op) for op in ops))
 
     @property
     def send_s(self) -> float:
@@ -308,15 +313,16 @@ def predict(costs: Costs, placement: str = "", schedule: Schedule | None = None)
 
 
 def cell_seconds(costs: Costs, cell: Cell, plans: Mapping[StageId, Plan]) -> float:
-    """Seconds of a cell by itself, its ops woven on both lanes."""
-    free = dict.fromkeys(Lane, 0.0)
+    """Seconds of a cell by itself, its ops woven on both lanes and issued in that order."""
+    free, host = dict.fromkeys(Lane, 0.0), 0.0
     done: dict[tuple[Kind, StageId, tuple[Part, int]], float] = {}
     for op in weave(cell, plans):
         stage = op.chunk.stage
         before = op_needs(op, plans[stage])
         kind = Kind.F if op.kind is Kind.F else Kind.I
-        begin = max(free[op.lane], 0.0 if before is None else done.get((kind, stage, before), 0.0))
-        free[op.lane] = end = begin + costs.seconds(op.kind, op.part, op.layer, len(cell) > 1)
+        begin = max(free[op.lane], host, 0.0 if before is None else done.get((kind, stage, before), 0.0))
+        host += costs.issue_s(op.kind, op.part, op.layer)
+        free[op.lane] = end = max(begin + costs.seconds(op.kind, op.part, op.layer, len(cell) > 1), host)
         done[op.kind, stage, (op.part, op.layer)] = end
     return max(free.values())
 
@@ -333,7 +339,10 @@ def simulated(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...], send_s:
             known[key] = costs.seconds(*key)
         return known[key]
 
-    return simulate_ops(schedule, by_stage, seconds, send_s)
+    def issue(op: Op) -> float:
+        return costs.issue_s(op.kind, op.part, op.layer)
+
+    return simulate_ops(schedule, by_stage, seconds, send_s, issue)
 
 
 def without_transfers(costs: Costs) -> Costs:

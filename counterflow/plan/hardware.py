@@ -83,6 +83,17 @@ class Efficiencies:
     """Published: 40 of 50 GB/s effective for InfiniBand 400G (arXiv 2505.09343); gradient sums, pipeline sends."""
 
 
+MAY_BE_NOTHING = (
+    "fp8_flops",
+    "multiprocessors",
+    "nvlink_bytes_per_s",
+    "watts",
+    "launch_s",
+    "reserved_bytes",
+    "latency_s",
+    "communication_multiprocessors",
+)
+"""Numbers of hardware that 0 has a meaning for."""
 FITTED = ("fp8_product", "attention", "network")
 """The efficiencies that were fitted; tests/plan holds them against the fit."""
 
@@ -242,7 +253,13 @@ def hardware(card: str = "h800", fabric: str = "", file: str = "") -> Hardware:
         measured += [f"{name}.{key}" for key in changed]
         found = replace(found, **{name: replace(part, **changed)})
     rest = _replaced(found, tree, "hardware")
-    return replace(found, **rest, measured=tuple(measured))
+    found = replace(found, **rest, measured=tuple(measured))
+    if found.card.multiprocessors and found.compute_share <= 0:
+        raise ConfigError(
+            f"communication_multiprocessors is {found.communication_multiprocessors} of {found.card.multiprocessors} "
+            "multiprocessors; computation needs some: take a smaller number."
+        )
+    return found
 
 
 def _named(name: str, table: Mapping[str, Part], what: str) -> Part:
@@ -279,6 +296,11 @@ def _replaced(part: Any, given: object, where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}.{key} is no number of hardware; {nearest(key, known)}")
         changed[key] = found = scalar(value, known[key], f"{where}.{key}")
         highest = 1.0 if where == "efficiencies" and key != "grouped_product" else float("inf")
-        if not isinstance(found, str) and not 0 <= found <= highest:
-            raise ConfigError(f"{where}.{key} is {found}; it must lie between 0 and {highest:g}.")
+        if isinstance(found, str):
+            continue
+        if not 0 <= found <= highest or found == float("inf"):
+            most = f"lie between 0 and {highest:g}" if highest == 1 else "be a finite number from 0 on"
+            raise ConfigError(f"{where}.{key} is {found}; it must {most}.")
+        if not found and key not in MAY_BE_NOTHING:
+            raise ConfigError(f"{where}.{key} is 0; it must be above 0: leave it out to keep the card's.")
     return changed

@@ -78,7 +78,10 @@ def price(
     interval = reliability.interval_s or (
         sqrt(2 * reliability.checkpoint_s * between) if per_day else 86400.0
     )
-    overhead = reliability.checkpoint_s / interval + (interval / 2 + reliability.restart_s) / between
+    saving = (
+        reliability.checkpoint_s / interval if interval else 0.0
+    )  # what costs nothing is done all the time
+    overhead = saving + (interval / 2 + reliability.restart_s) / between
     return Price(
         gpu_hours=hours,
         days=days,

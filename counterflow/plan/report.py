@@ -111,12 +111,12 @@ def _mfu(answer: Answer) -> str:
 
 
 def op_rows(answer: Answer) -> list[list[str]]:
-    """What the ops of a layer with experts do, move, keep and take, by themselves and beside a transfer."""
+    """What the ops of a layer with experts do, move, keep and take: alone, beside a transfer, of the host's time."""
     costs, model = answer.step.costs, answer.job.model
-    table = [["op", "FLOP", "passes", "sent", "kept", "alone", "beside", ""]]
+    table = [["op", "FLOP", "passes", "sent", "kept", "alone", "beside", "host"]]
     for part in (Part.ATTN, Part.DISPATCH, Part.MLP, Part.COMBINE):
         for kind in (Kind.F, Kind.I, *(() if part in TRANSFERS else (Kind.W,))):
-            work, sent = costs.load(kind, part, model.num_layers - 1), "-"
+            work, sent = costs.work(kind, part, model.num_layers - 1), "-"
             if part in TRANSFERS and costs.layout.expert > 1:
                 volumes = costs.volumes(kind, part)
                 sent = f"{bytes_(volumes.network)} + {bytes_(volumes.nvlink)}"
@@ -125,8 +125,11 @@ def op_rows(answer: Answer) -> list[list[str]]:
             alone, beside = (costs.seconds(kind, part, model.num_layers - 1, near) for near in (False, True))
             flops = number(work.products + work.wide + work.attention) if work.kernels else "-"
             moved = bytes_(work.passes) if work.kernels else "-"
-            times = [f"{1e3 * alone:.3f} ms", f"{1e3 * beside:.3f} ms"]
-            table.append([f"{part} {kind}", flops, moved, sent, bytes_(keeps) if keeps else "-", *times, ""])
+            times = [
+                f"{1e3 * time:.3f} ms"
+                for time in (alone, beside, costs.issue_s(kind, part, model.num_layers - 1))
+            ]
+            table.append([f"{part} {kind}", flops, moved, sent, bytes_(keeps) if keeps else "-", *times])
     return table
 
 

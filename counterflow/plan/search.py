@@ -117,11 +117,34 @@ def _require_pins(job: Job, gpus: int, pins: Pins) -> None:
             f"--pipeline {pins.pipeline} times --data {pins.data} is {pins.pipeline * pins.data} ranks and there are "
             f"{gpus} GPUs; take --data {gpus // pins.pipeline}, or leave one to the search."
         )
+    _require_together(job, gpus, pins)
     if pins.expert and job.model.num_routed_experts % pins.expert:
         experts = job.model.num_routed_experts
         raise ConfigError(
             f"--expert is {pins.expert} and a layer has {experts} experts; it must divide them: take "
             f"{_divisor(experts, pins.expert)}."
+        )
+
+
+def _require_together(job: Job, gpus: int, pins: Pins) -> None:
+    """Fails (ConfigError) where a decision contradicts another."""
+    if pins.recompute == "layer" and pins.pipeline > 1:
+        raise ConfigError(
+            f"--recompute layer with --pipeline {pins.pipeline}; a pipeline's parts are not made again whole: take "
+            "--recompute attention, or --pipeline 1."
+        )
+    if pins.recompute == "projections" and job.precision != "fp8":
+        raise ConfigError(
+            f"--recompute projections with precision {job.precision}; it is the report's, for --precision fp8: take "
+            "--recompute attention."
+        )
+    if pins.schedule and 1 in (gpus, pins.pipeline):
+        raise ConfigError(f"--schedule {pins.schedule} with one pipeline rank, which has none; leave it out.")
+    most = len(units(job.model))
+    if pins.pipeline > most:
+        raise ConfigError(
+            f"--pipeline is {pins.pipeline} and the model has {most} units (embedding, layers, head, MTP modules); a "
+            f"rank holds one or more: take at most {most}."
         )
 
 
@@ -134,11 +157,13 @@ def layouts(job: Job, gpus: int, pins: Pins, fell_out: Counter[str]) -> Iterator
     most = len(units(job.model))
     for pipeline in (size for size in range(1, min(gpus, most) + 1) if gpus % size == 0):
         data = gpus // pipeline
-        for expert in (size for size in range(1, data + 1) if data % size == 0):
+        for expert in (
+            size for size in range(1, min(data, job.model.num_routed_experts) + 1) if data % size == 0
+        ):
             if job.model.num_routed_experts % expert:
                 fell_out["experts cannot be shared evenly by so many ranks"] += 1
                 continue
-            for layout in _on(job, pipeline, data, expert):
+            for layout in _on(job, pipeline, data, expert, pins.micro_batch):
                 if not pins.allow(layout):
                     continue
                 if job.batch_size % (data * layout.micro_batch):
@@ -151,10 +176,10 @@ def layouts(job: Job, gpus: int, pins: Pins, fell_out: Counter[str]) -> Iterator
                     yield layout
 
 
-def _on(job: Job, pipeline: int, data: int, expert: int) -> Iterator[Layout]:
+def _on(job: Job, pipeline: int, data: int, expert: int, decided: int) -> Iterator[Layout]:
     rules: list[tuple[str, int | None]] = [(name, None) for name in SCHEDULES if name != "interleaved-1f1b"]
     rules += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
-    for micro_batch in MICRO_BATCHES:
+    for micro_batch in (decided,) if decided else MICRO_BATCHES:
         for recompute in RECOMPUTES:
             if (recompute == "projections" and job.precision != "fp8") or (
                 recompute == "layer" and pipeline > 1
@@ -203,21 +228,23 @@ def _rule(name: str, ranks: int, per_rank: int | None, microbatches: int) -> Sch
 
 @dataclass(frozen=True)
 class _Stage:
-    """Seconds of a stage's chunks: computing and sending."""
+    """Seconds of a stage's chunks: computing and sending, and the host's for all of them."""
 
     compute: Mapping[Kind, float]
     transfer: Mapping[Kind, float]
+    issue: float
 
 
 def _stage(costs: Costs, plan: Plan, beside: bool) -> _Stage:
-    compute, transfer = dict.fromkeys(Kind, 0.0), dict.fromkeys(Kind, 0.0)
+    compute, transfer, issue = dict.fromkeys(Kind, 0.0), dict.fromkeys(Kind, 0.0), 0.0
     number = Counter((part, costs.job.model.is_moe(layer)) for part, layer in plan)
     for (part, moe), times in number.items():
         layer = costs.job.model.num_layers - 1 if moe else 0
         for kind in (Kind.F, Kind.I, *((Kind.W,) if part in OWING else ())):
             side = transfer if part in TRANSFERS else compute
             side[kind] += times * costs.seconds(kind, part, layer, beside)
-    return _Stage(compute, transfer)
+            issue += times * costs.issue_s(kind, part, layer)
+    return _Stage(compute, transfer, issue)
 
 
 def estimate(costs: Costs) -> float:
@@ -245,7 +272,11 @@ def estimate(costs: Costs) -> float:
 
 
 def _busy(stages: list[_Stage], two_way: bool) -> float:
-    """Seconds a rank is busy for one micro-batch of each of its pipes."""
+    """Seconds a rank is busy for one micro-batch of each of its pipes, or its host if that takes longer."""
+    return max(_busy_device(stages, two_way), sum(stage.issue for stage in stages))
+
+
+def _busy_device(stages: list[_Stage], two_way: bool) -> float:
 
     def total(side: str, kinds: tuple[Kind, ...]) -> list[float]:
         return [sum(getattr(stage, side)[kind] for kind in kinds) for stage in stages]

@@ -129,7 +129,7 @@ class Pipelined:
         first = [sum(schedule.microbatches[:pipe]) for pipe in range(schedule.pipes)]
         channels.begin(transfers(schedule), lambda product: self._shape(product, settings))
         executor.record = record
-        sums = executor.run(lambda pipe, mb: fetch(first[pipe] + mb).to(self.mesh.device), settings)
+        sums = executor.run(lambda pipe, mb: self.mesh.bring(fetch(first[pipe] + mb)), settings)
         channels.end()
         return sums
 

@@ -162,7 +162,7 @@ class Trainer:
         scale, each = 1.0 / (batch * length), batch // self.mesh.data
         start = self.sample + self.mesh.data_rank * each
         for first in range(start, start + each, micro):
-            samples = self.samples.train(first, micro).to(self.device)
+            samples = self.mesh.bring(self.samples.train(first, micro))
             losses = self.model(samples, scale=scale, mtp_weight=mtp_weight, ledger=Ledger())
             losses.total.backward()
             self.optimizer.drain()

@@ -10,7 +10,7 @@ from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Job, Layout
 from counterflow.plan.routing import Routing
 from counterflow.plan.stages import stage_plans
-from counterflow.schedule.words import Kind, Part
+from counterflow.schedule.words import Kind, Op, Part
 
 pytestmark = pytest.mark.pure
 V3 = MODELS["v3-671b"]
@@ -69,8 +69,16 @@ def test_tokens_and_seconds_agree():
 
 
 def test_a_small_model_is_bound_by_its_launches():
+    """By all of them together: while the head keeps the device, the host issues what comes next."""
     costs = Costs(Job(MODELS["tiny"], 256, 16, 1e6, "bf16"), Layout(1, 1, 1, 4), hardware("h100"))
-    assert costs.seconds(Kind.W, Part.ATTN, 1, False) == pytest.approx(11 * 7.6e-6)
+    assert costs.issue_s(Kind.W, Part.ATTN, 1) == pytest.approx(11 * 7.6e-6)
+    step = predict(costs)
+    ops = [span.what for span in step.spans if isinstance(span.what, Op)]
+    host = sum(costs.issue_s(op.kind, op.part, op.layer) for op in ops)
+    device = sum(costs.seconds(op.kind, op.part, op.layer, False) for op in ops)
+    assert device < host <= step.pipeline_s < 1.01 * host
+    on_cpu = replace(costs, hardware=hardware("cpu"))
+    assert on_cpu.issue_s(Kind.W, Part.ATTN, 1) == 0.0
 
 
 def test_skewed_loads_cost_time():

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from counterflow.benchmark.launches import Watcher
 from counterflow.config.models import MODELS
 from counterflow.model.transformer import Transformer, initialise
 from counterflow.pipeline.stage import Pass, Stage, StepSettings, Sums
@@ -19,40 +18,6 @@ from counterflow.schedule.words import OWING, TRANSFERS, Chunk, Kind, Op, Part, 
 CONFIG = replace(MODELS["tiny"], num_layers=2)
 SEQUENCES, LENGTH = 4, 256
 PLAN = ((Part.EMBED, 0), *layer_plan(CONFIG, 0), *layer_plan(CONFIG, 1), (Part.HEAD, 0))
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
-NO_PASS = ("detach", "alias", "_unsafe_view", "empty", "empty_like", "new_empty", "_local_scalar_dense")
-FEW_TOUCHED = ("scatter_add_", "gather", "index_add_", "index_put_")
-"""Of their operands a few elements a token: their bytes are next to nothing."""
-CORE = ("_softmax", "_softmax_backward_data", "triu_", "full")
-"""The attention core's, which its own rate pays for."""
-
-
-def touched(tensor):
-    """Bytes of the elements that are there: an expanded axis is read once."""
-    shown = tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    return shown.numel() * tensor.element_size()
-
-
-class Counter(TorchDispatchMode):
-    """Bytes read and written outside of products, and kernels."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.kernels = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.__name__.split(".")[0]
-        if func.is_view or name in NO_PASS:
-            return out
-        self.kernels += 1
-        if name.rstrip("_") in PRODUCTS or name in (*CORE, *FEW_TOUCHED):
-            return out
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made = sum(touched(leaf) for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
-        read = made if name in ("index_select", "index") else sum(map(touched, given))
-        self.bytes += made if name in ("zero_", "fill_", "zeros_like", "ones_like") else made + read
-        return out
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention"])
@@ -73,7 +38,7 @@ def test_passes_and_kernels_are_those_that_run(recompute):
         for part, layer in PLAN if kind is Kind.F else PLAN[::-1]:
             if kind is Kind.W and part not in OWING:
                 continue
-            with Counter() as counter, torch.set_grad_enabled(kind is Kind.F):
+            with Watcher() as counter, torch.set_grad_enabled(kind is Kind.F):
                 stage.run(Op(kind, part, layer, Chunk(kind, StageId(0, 0), 0)), state, sums)
             if part in TRANSFERS or (part, kind) == (Part.EMBED, Kind.I):
                 continue

@@ -58,6 +58,10 @@ def test_a_long_step_lies_on_the_line_through_two_short_ones():
             Pins(pipeline=4, data=4),
             "--pipeline 4 times --data 4 is 16 ranks and there are 8 GPUs; take --data 2",
         ),
+        (8, Pins(pipeline=2, recompute="layer"), "take --recompute attention, or --pipeline 1"),
+        (8, Pins(recompute="projections"), "with precision bf16; it is the report's, for --precision fp8"),
+        (1, Pins(schedule="zb1p"), "--schedule zb1p with one pipeline rank, which has none; leave it out"),
+        (64, Pins(pipeline=32), "--pipeline is 32 and the model has 15 units .* take at most 15"),
         (8, Pins(expert=6), "--expert is 6 and a layer has 32 experts; it must divide them: take 4"),
     ],
 )
@@ -76,3 +80,13 @@ def test_a_model_that_fits_nowhere_is_told_what_would_fit():
 def test_a_batch_that_no_layout_divides_is_said():
     with pytest.raises(ConfigError, match="no layout on 7 GPUs: the batch is no multiple"):
         answer(SMALL, hardware("h100"), 7, Pins(data=7))
+
+
+def test_a_micro_batch_of_ones_own_is_planned_with():
+    found = search(replace(SMALL, batch_size=96), hardware("h100"), 8, Pins(micro_batch=3))
+    assert found.best and all(one.layout.micro_batch == 3 for one in found.best)
+
+
+def test_a_trillion_cards_are_answered_at_once():
+    with pytest.raises(ConfigError, match="no layout on 999999999999 GPUs: the batch is no multiple"):
+        answer(SMALL, hardware("h100"), 999999999999)

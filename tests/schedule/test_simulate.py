@@ -11,6 +11,7 @@ from counterflow.schedule import SCHEDULES, forward_only
 from counterflow.schedule.relation import gives, needs
 from counterflow.schedule.simulate import Costs, makespan, simulate, simulate_ops
 from counterflow.schedule.text import from_text
+from counterflow.schedule.weave import weave
 from counterflow.schedule.words import TRANSFERS, Kind, Lane, Op
 from tests.schedule.cases import cases, equal_plans, made, plans
 
@@ -164,3 +165,29 @@ def test_a_stage_without_ops_hands_on(name):
 def test_a_schedule_that_stops_says_who_knows_why():
     with pytest.raises(ScheduleError, match=r"schedule\.check says where"):
         simulate(from_text("x, 1 stages\n0: B0 F0\n"))
+
+
+@settings(max_examples=20)
+@given(cases(("1f1b", "zb1p", "dualpipev"), 1), st.randoms(use_true_random=False))
+def test_a_host_runs_ahead_of_its_device(case, random):
+    """A rank ends no sooner than its device's or its host's work, and no later than the longer of both op by op."""
+    schedule = made(case)
+    host, device = {}, {}
+    spans = simulate_ops(
+        schedule,
+        equal_plans(schedule),
+        lambda rank, op: device.setdefault(op, random.randint(0, 5)),
+        issue=lambda op: host.setdefault(op, random.randint(0, 5)),
+    )
+    least = max(sum(host.values()), sum(device[op] for op in device if op.lane is Lane.COMPUTE))
+    assert least <= max(span.end for span in spans) <= sum(max(host[op], device[op]) for op in host)
+
+
+def test_a_long_op_hides_the_launches_of_those_behind_it():
+    schedule = SCHEDULES["1f1b"](1, 1)
+    plan_of = equal_plans(schedule)
+    ops = [op for cell in schedule.rows[0] for op in weave(cell, plan_of)]
+    spans = simulate_ops(
+        schedule, plan_of, lambda rank, op: 100.0 if op == ops[0] else 0.0, issue=lambda op: 1.0
+    )
+    assert makespan(spans) == max(100.0, len(ops))
