@@ -68,7 +68,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts.
     """
     from counterflow.comm.mesh import Mesh
-    from counterflow.infer.engine import Engine, EngineSettings
+    from counterflow.infer.engine import Engine, EngineSettings, pass_rows
     from counterflow.infer.place import placed
     from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
@@ -79,9 +79,8 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
     device = wish.device if mesh.size == 1 else mesh.device.type
     model = placed(model, device, wish.precision, settings)
-    engine = Engine(
-        model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows, wish.dispatch)
-    )
+    ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
+    engine = Engine(model, settings, tokenizer.decode, ranks)
 
     def ask() -> None:
         sampling = Sampling(

@@ -82,6 +82,10 @@ def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     with joined(parallel, device) as mesh:
         try:
             return act(mesh)
+        except RankError as error:
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # an agent says it, and how that rank ended
+                print(f"counterflow: {error}", file=sys.stderr, flush=True)
+            return _peer_lost(error)
         except CounterflowError as error:
             if error.shared and not mesh.first:
                 raise SystemExit(error.exit_code) from None  # the first rank says it

@@ -34,6 +34,7 @@ class Running:
 
     service: Service
     port: int
+    thread: threading.Thread
 
     def ask(self, path: str, body=None, headers=None, raw: bytes | None = None) -> tuple[int, bytes]:
         """Status and body; a POST if there is one to send."""
@@ -76,7 +77,7 @@ def running(tokenizer: Tokenizer, max_queue: int = 1024, sequences: int = 8, **s
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.02)
         try:
-            yield Running(service, socket.getsockname()[1])
+            yield Running(service, socket.getsockname()[1], thread)
         finally:  # or a failing test would wait for its server for ever
             web.should_exit = True
             thread.join(timeout=60)
