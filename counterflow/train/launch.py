@@ -158,8 +158,8 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    for told in ("elastic", "elastic.agent.server.api", "launcher"):  # what happened is said once, by us
+        logging.getLogger(f"torch.distributed.{told}").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
