@@ -56,6 +56,8 @@ def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh]
 
     0: as many as torchrun or Slurm has started, else one.   Fails: ConfigError where these are not as many.
     """
+    if ranks < 0:
+        raise ConfigError(f"ranks is {ranks}; it must be at least 1, or 0 for as many as were started.")
     ranks = ranks or started() or 1
     if started() is None and ranks > 1:
         return _launch(Parallel(data=ranks, expert=ranks), 0, words, "start fewer ranks, or give each more")
