@@ -73,6 +73,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import described
+    from counterflow.infer.text import document
     from counterflow.train.restore import folder_of, model_of
 
     mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
@@ -92,7 +93,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
             wish.stop,
             stop_tokens=frozenset([tokenizer.eos]),
         )
-        engine.add([tokenizer.bos, *tokenizer.encode(wish.prompt)], sampling)
+        engine.add(document(tokenizer, wish.prompt), sampling)
 
     mesh.first_does(ask)
     text = _printed(engine, wish.prompt if mesh.first else "")

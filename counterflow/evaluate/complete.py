@@ -9,6 +9,7 @@ from counterflow.errors import ConfigError
 from counterflow.infer import request
 from counterflow.infer.engine import Engine, EngineSettings, pass_rows
 from counterflow.infer.ranks import share_experts
+from counterflow.infer.text import document
 from counterflow.model.transformer import Transformer
 
 BATCH = EngineSettings().max_sequences
@@ -52,7 +53,7 @@ def complete(
     end, positions = frozenset([tokenizer.eos]), model.config.max_positions
     own = range(mesh.rank, len(prompts), mesh.size)
     for number in own:
-        ids = [tokenizer.bos, *tokenizer.encode(prompts[number])][-positions:]
+        ids = document(tokenizer, prompts[number])[-positions:]
         wish = request.Sampling(
             sampling.max_tokens,
             sampling.temperature,
