@@ -55,8 +55,10 @@ def asked(server: Reached, requests: list[dict]) -> list[list[str]]:
 
 
 @contextmanager
-def serving(folder: Path, *words: str, torchrun: bool) -> Iterator[tuple[Reached, list[subprocess.Popen]]]:
-    """A server of two ranks on `folder`: their processes, or the one that starts them."""
+def serving(
+    folder: Path, *words: str, torchrun: bool = False
+) -> Iterator[tuple[Reached, list[subprocess.Popen]]]:
+    """A server on `folder`: the processes of two ranks, or the one that starts as many as `words` say."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -64,7 +66,7 @@ def serving(folder: Path, *words: str, torchrun: bool) -> Iterator[tuple[Reached
     started = [{"RANK": str(rank)} | meeting for rank in range(2)] if torchrun else [{}]
     processes = [
         subprocess.Popen(
-            command + ([] if torchrun else ["--ranks=2"]),
+            command,
             env=os.environ | ENVIRONMENT | each,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -74,14 +76,19 @@ def serving(folder: Path, *words: str, torchrun: bool) -> Iterator[tuple[Reached
     ]
     try:
         assert processes[0].stdout is not None
-        said = processes[0].stdout.readline()
-        found = re.search(r"127.0.0.1:(\d+) ", said)
-        assert found, said + processes[0].stdout.read()
-        yield Reached(int(found[1])), processes
+        said = ""
+        for line in processes[0].stdout:
+            said += line
+            if found := re.search(r"^Serving .*127.0.0.1:(\d+) ", line):
+                yield Reached(int(found[1])), processes
+                break
+        else:
+            raise AssertionError(said)
     finally:
         for process in processes:
-            process.kill()
-            process.communicate()
+            process.terminate()  # a kill would leave alone whom it has started
+        for process in processes:
+            process.communicate(timeout=60)
 
 
 def numbers(server: Reached, name: str) -> list[float]:
@@ -102,7 +109,7 @@ def open_stream(server: Reached, **fields) -> tuple[http.client.HTTPConnection, 
 
 def test_two_ranks_serve_what_one_serves_and_end_when_told_to(place):
     folder, alone = place
-    with serving(folder, torchrun=True) as (server, ranks):
+    with serving(folder, "--device=cpu", torchrun=True) as (server, ranks):
         assert asked(server, GREEDY + SEEDED) == alone
         assert all(tokens > 0 for tokens in numbers(server, "tokens_total")), "both wrote"
         assert all(reached > 0 for reached in numbers(server, "drafts_reached_total"))
@@ -137,7 +144,7 @@ def a_client_goes_away(server: Reached) -> None:
 
 def test_a_killed_rank_ends_the_server_with_its_name_and_every_client_is_told(place):
     folder, alone = place
-    with serving(folder, "--drafts=0", torchrun=False) as (server, (launcher,)):
+    with serving(folder, "--device=cpu", "--drafts=0", "--ranks=2") as (server, (launcher,)):
         assert asked(server, GREEDY) == alone[: len(GREEDY)]
         streams = [open_stream(server, max_tokens=240, temperature=0) for _ in range(2)]
         found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
