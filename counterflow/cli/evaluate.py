@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from counterflow.errors import ConfigError, nearest
+from counterflow.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -275,6 +275,10 @@ def binoculars(wish: Binoculars) -> None:
     for path in wish.texts:
         for document in islice(documents(Source(path, field=wish.field)), wish.max_documents):
             rows[document.name] = f"{score(observer, performer, tokenizer, document.text):.4f}"
+    if not rows:
+        raise DataError(
+            f"{', '.join(wish.texts)} hold no text; give files with text, or the field that holds it."
+        )
     _table(f"Binoculars: {wish.performer}'s log-perplexity over its surprise at {wish.observer}", rows)
 
 
@@ -333,6 +337,9 @@ EVALUATIONS: Mapping[str, tuple[Any, Callable[..., None], str]] = {
     "tasks": (Tasks, tasks, "tasks of lm-eval, with the model in this process"),
 }
 
+AMOUNTS = ("samples", "problems", "max_bytes", "max_tokens", "max_documents")
+"""Of an evaluation: none is no measurement."""
+
 
 def run(arguments: Sequence[str]) -> int:
     """One evaluation."""
@@ -347,6 +354,9 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"'{what}' is no evaluation; {nearest(what, EVALUATIONS)}")
     wish, act, _ = EVALUATIONS[what]
     asked = tyro.cli(wish, prog=f"counterflow evaluate {what}", args=rest, use_underscores=True)
+    for name in AMOUNTS:
+        if getattr(asked, name, 1) < 1:
+            raise ConfigError(f"{name} is {getattr(asked, name)}; it must be at least 1.")
     if not isinstance(asked, HumanEval | Perplexity):
         act(asked)
         return 0

@@ -68,20 +68,20 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts.
     """
     from counterflow.comm.mesh import Mesh
-    from counterflow.infer.engine import Engine, EngineSettings
+    from counterflow.infer.engine import Engine, EngineSettings, pass_rows
     from counterflow.infer.place import placed
     from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import described
+    from counterflow.infer.text import document
     from counterflow.train.restore import folder_of, model_of
 
     mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
     model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
     device = wish.device if mesh.size == 1 else mesh.device.type
     model = placed(model, device, wish.precision, settings)
-    engine = Engine(
-        model, settings, tokenizer.decode, share_experts(model, mesh, settings.max_rows, wish.dispatch)
-    )
+    ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
+    engine = Engine(model, settings, tokenizer.decode, ranks)
 
     def ask() -> None:
         sampling = Sampling(
@@ -93,7 +93,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
             wish.stop,
             stop_tokens=frozenset([tokenizer.eos]),
         )
-        engine.add([tokenizer.bos, *tokenizer.encode(wish.prompt)], sampling)
+        engine.add(document(tokenizer, wish.prompt), sampling)
 
     mesh.first_does(ask)
     text = _printed(engine, wish.prompt if mesh.first else "")

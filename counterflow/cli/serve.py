@@ -1,15 +1,28 @@
 """`counterflow serve`: a trained run behind OpenAI's API."""
 
 import os
+import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from socket import socket
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from counterflow.errors import ConfigError
 
+if TYPE_CHECKING:
+    from counterflow.comm.mesh import Mesh
+    from counterflow.data.tokenizer import Tokenizer
+    from counterflow.infer.engine import Engine
+    from counterflow.serve.listen import ServerSettings
+
 KEY_VARIABLE = "COUNTERFLOW_API_KEY"
+TOLD_TO_STOP = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+CLOSING_S = 15
+"""What ranks may take beside the grace of their texts to end."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Serve:
     """Serve a trained run by OpenAI's completions and chat completions, with a page to try it."""
 
     run: str
-    """The run's folder, such as runs/tiny, or its name."""
+    """The run's folder, such as runs/tiny, or its name; or the folder of an exported model."""
     host: str = "127.0.0.1"
     """Where to listen; another than a loopback address needs an API key."""
     port: int = 8000
@@ -28,12 +41,12 @@ class Serve:
     name: str = ""
     """What clients call the model; empty: the run's name."""
     max_sequences: int = 32
-    """Texts that are written at once."""
+    """Texts that are written at once, by each rank."""
     max_queue: int = 1024
     """Texts that may wait; more are refused with 429."""
     max_body_bytes: int = 2**20
     cache_bytes: float = 2**30
-    """At most so much for the cache of latents."""
+    """At most so much for the cache of latents, of each rank."""
     drafts: int = -1
     """Tokens drafted ahead by the multi-token modules, at most; 0: none; −1: one by each."""
     grace_s: int = 30
@@ -44,39 +57,81 @@ class Serve:
     """auto (cuda if there is one), cpu or cuda."""
     precision: str = "fp32"
     """fp32 or bf16."""
+    ranks: int = 0
+    """Processes that share each layer's experts between them, for a model that is too large for one; the first listens
+    and deals out what is asked. 0: as many as torchrun or Slurm has started, else one."""
+    dispatch: str = "collective"
+    """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Serve until told to stop."""
+    """Serve until told to stop; 0 then."""
     shown = Annotated[Serve, tyro.conf.FlagCreatePairsOff]
-    serve(tyro.cli(shown, prog="counterflow serve", args=arguments, use_underscores=True))
-    return 0
+    wish = tyro.cli(shown, prog="counterflow serve", args=arguments, use_underscores=True)
+    listening_of(wish)  # said once, before ranks are started
+    from counterflow.train.launch import on_ranks
+
+    # Their agent kills ranks that outlive a signal by so much; the first ends texts under way and then the others.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(wish.grace_s + CLOSING_S))
+    code = on_ranks(wish.ranks, wish.device, ["serve", *arguments], lambda mesh: serve(wish, mesh))
+    return 0 if code in TOLD_TO_STOP else code
 
 
-def serve(wish: Serve) -> None:
-    """Load the run, say where it is served, and serve."""
+def serve(wish: Serve, mesh: "Mesh") -> None:
+    """Load the run; the first of `mesh`'s ranks says where it is served and serves, the others write with it."""
+    from counterflow.serve.app import Service
+    from counterflow.serve.links import connect, follow
+    from counterflow.serve.listen import listening, server
+    from counterflow.train.loop import stop_signals
+    from counterflow.train.restore import folder_of
+
+    listen = listening_of(wish)
+    folder = folder_of(wish.run)
+    engine, tokenizer = engine_of(wish, folder, mesh)
+    links = connect(mesh)
+    with ExitStack() as stack:
+        taken: list[socket] = []
+        mesh.first_does(lambda: taken.append(stack.enter_context(listening(listen))))
+        stack.enter_context(stop_signals())  # the first tells the others when to end
+        if not mesh.first:
+            follow(engine, links[0])
+            return
+        service = Service(engine, tokenizer, wish.name or folder.resolve().name, wish.max_queue, links)
+        web, port = server(service, listen), taken[0].getsockname()[1]
+        print(f"Serving '{service.name}' on http://{wish.host}:{port} (Ctrl-C stops it).", flush=True)
+        web.run(sockets=taken)
+        if service.worker.failure is not None:
+            raise service.worker.failure
+
+
+def listening_of(wish: Serve) -> "ServerSettings":
+    """Where the server listens and what it takes.   Fails: ConfigError, also where its packages are missing."""
     try:
-        from counterflow.serve.app import Service
-        from counterflow.serve.listen import ServerSettings, listening, server
+        from counterflow.serve.listen import ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"serving needs {error.name}, which is not installed; install it: pip install 'counterflow[serve]'."
         ) from None
-    from counterflow.infer.engine import Engine, EngineSettings
-    from counterflow.infer.place import placed
-    from counterflow.train.restore import folder_of, model_of
-
     key = wish.api_key or os.environ.get(KEY_VARIABLE, "")
-    listen = ServerSettings(wish.host, wish.port, key, wish.max_queue, wish.max_body_bytes, wish.grace_s)
-    settings = EngineSettings(
-        max_sequences=wish.max_sequences, cache_bytes=wish.cache_bytes, drafts=wish.drafts
+    return ServerSettings(wish.host, wish.port, key, wish.max_queue, wish.max_body_bytes, wish.grace_s)
+
+
+def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokenizer]":
+    """This rank's engine and the run's tokenizer.   Fails: CounterflowError, on every rank alike."""
+    from counterflow.infer.engine import Engine, EngineSettings, pass_rows
+    from counterflow.infer.place import placed
+    from counterflow.infer.ranks import share_experts
+    from counterflow.train.restore import model_of
+
+    settings = mesh.all_do(
+        lambda: EngineSettings(wish.max_sequences, cache_bytes=wish.cache_bytes, drafts=wish.drafts)
     )
-    folder = folder_of(wish.run)
-    model, tokenizer = model_of(folder, wish.averaged)
-    engine = Engine(placed(model, wish.device, wish.precision, settings), settings, tokenizer.decode)
-    name = wish.name or folder.resolve().name
-    with listening(listen) as socket:
-        print(
-            f"Serving '{name}' on http://{wish.host}:{socket.getsockname()[1]} (Ctrl-C stops it).", flush=True
-        )
-        server(Service(engine, tokenizer, name, wish.max_queue), listen).run(sockets=[socket])
+    model, tokenizer = model_of(folder, wish.averaged, mesh=mesh)
+    device = wish.device if mesh.size == 1 else mesh.device.type
+
+    def made() -> Engine:
+        there = placed(model, device, wish.precision, settings)
+        ranks = share_experts(there, mesh, pass_rows(there, settings), wish.dispatch)
+        return Engine(there, settings, tokenizer.decode, ranks)
+
+    return mesh.all_do(made), tokenizer

@@ -76,14 +76,21 @@ class GroupExchange:
 
     def arena(self, size: int, device: torch.device) -> Arena:
         """GPUs' memory, on one host."""
-        if self.group is not None and device.type != "cuda":
-            error = ConfigError(
-                "dispatch is nvlink or copy_engine and the device is a CPU; processes share memory on GPUs alone: set "
-                "dispatch to collective or two_hop."
-            )
-            error.shared = True
-            raise error
+        if self.group is not None:
+            require_shared_memory(device)
         return symmetric_arena(size, device, self.group, self.index)
+
+
+def require_shared_memory(device: torch.device) -> None:
+    """Fails (ConfigError, on all ranks alike) where processes cannot reach into each other's memory."""
+    if device.type == "cuda":
+        return
+    error = ConfigError(
+        "dispatch is nvlink or copy_engine and the device is a CPU; processes share memory on GPUs alone: set "
+        "dispatch to collective."
+    )
+    error.shared = True
+    raise error
 
 
 @dataclass

@@ -7,8 +7,9 @@ from counterflow.comm.mesh import Mesh
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError
 from counterflow.infer import request
-from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.engine import Engine, EngineSettings, pass_rows
 from counterflow.infer.ranks import share_experts
+from counterflow.infer.text import document
 from counterflow.model.transformer import Transformer
 
 BATCH = EngineSettings().max_sequences
@@ -47,12 +48,12 @@ def complete(
     the experts write the prompts in turn and each is given all texts, at the end.
     """
     mesh, settings = mesh or Mesh(), EngineSettings()
-    ranks = share_experts(model, mesh, settings.max_rows, dispatch)
+    ranks = share_experts(model, mesh, pass_rows(model, settings), dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
     end, positions = frozenset([tokenizer.eos]), model.config.max_positions
     own = range(mesh.rank, len(prompts), mesh.size)
     for number in own:
-        ids = [tokenizer.bos, *tokenizer.encode(prompts[number])][-positions:]
+        ids = document(tokenizer, prompts[number])[-positions:]
         wish = request.Sampling(
             sampling.max_tokens,
             sampling.temperature,

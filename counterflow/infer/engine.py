@@ -76,7 +76,7 @@ class Engine:
         num_blocks = _num_blocks(model, settings, drafts, self.modules)
         self.blocks = Blocks(num_blocks, settings.block_size, lookahead=self.modules)
         self.depth = Depth(drafts, settings.adapt)
-        rows = max(settings.max_rows, settings.max_sequences * (1 + drafts))
+        rows = _step_rows(settings, drafts)
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
         replayed = 1 + drafts + self.modules if settings.graphs else 0
@@ -230,6 +230,22 @@ def chain_of(modules: int, settings: EngineSettings) -> tuple[int, int]:
             "at least."
         )
     return drafts, min(wanted, drafts)
+
+
+def pass_rows(model: Transformer, settings: EngineSettings) -> int:
+    """The most rows that an engine of these settings runs a layer over in one pass, of the trunk or of a module.
+
+    A step's positions wait for a module beside less than a block of each sequence's that has waited since before, and
+    what one module has run over waits for the next; a module runs over a sequence's drafts as well.
+    """
+    drafts, modules = chain_of(len(model.mtp), settings)
+    waiting = modules * (settings.block_size - 1) + drafts if modules else 0
+    return _step_rows(settings, drafts) + settings.max_sequences * waiting
+
+
+def _step_rows(settings: EngineSettings, drafts: int) -> int:
+    """Positions of a step: room for every sequence to write with all its drafts, at least."""
+    return max(settings.max_rows, settings.max_sequences * (1 + drafts))
 
 
 def _num_blocks(model: Transformer, settings: EngineSettings, drafts: int, modules: int) -> int:

@@ -8,7 +8,7 @@ largest of all ranks' numbers, over the exchange that tells how many rows are se
 
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.dispatch import Terms
-from counterflow.comm.exchange import Exchange
+from counterflow.comm.exchange import Exchange, require_shared_memory
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
 from counterflow.errors import ConfigError, nearest
@@ -16,6 +16,8 @@ from counterflow.model.transformer import Transformer
 
 BACKENDS = [name for name in DISPATCHERS if name not in ("local", "two_hop")]
 """Between ranks that write together; nodes are known to training only."""
+MEMORY = ("nvlink", "copy_engine")
+"""Those that reach into other ranks' memory, which is opened when the first rows go out: too late to be refused."""
 
 
 class Ranks:
@@ -43,9 +45,13 @@ def share_experts(model: Transformer, mesh: Mesh, rows: int, dispatch: str = "co
     Fails: ConfigError on an unknown backend, or one that cannot be used here.
     """
     if dispatch not in BACKENDS:
-        raise ConfigError(f"dispatch is '{dispatch}'; {nearest(dispatch, BACKENDS)}")
+        error = ConfigError(f"dispatch is '{dispatch}'; {nearest(dispatch, BACKENDS)}")
+        error.shared = True
+        raise error
     if mesh.expert == 1:
         return Ranks()
+    if dispatch in MEMORY:
+        require_shared_memory(mesh.device)
     peers = process_peers(mesh)
     model.dispatcher = DISPATCHERS[dispatch](peers, Terms(model.config.num_routed_experts, tokens=rows))
     return Ranks(peers.whole)

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters, and nothing that may belong to a stop string.
+"""A prompt to tokens, and tokens to text as they come: whole characters, and nothing that may belong to a stop string.
 
 A character may take several tokens and a stop string may end in the middle of one, so text is given out late:
 the tokens since the last whole character are decoded together with the ones before them, and the longest end
@@ -7,9 +7,23 @@ of the text that could still grow into a stop string is held back.
 
 from collections.abc import Callable, Sequence
 
+from counterflow.data.tokenizer import Tokenizer
+from counterflow.errors import RequestError
+
 BROKEN = "\ufffd"
 LONGEST_CHARACTER = 4
 """Tokens, as bytes in UTF-8; what is still broken after so many stays broken."""
+
+
+def document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token that begins a document, and the text's ids.   Fails: RequestError on half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text cannot be written as UTF-8 ({error.reason}); send whole characters."
+        ) from None
+    return [tokenizer.bos, *tokenizer.encode(text)]
 
 
 class TextStream:

@@ -9,7 +9,8 @@ from itertools import accumulate
 from typing import Any
 
 from counterflow.data.tokenizer import Tokenizer
-from counterflow.infer.request import Delta, TokenLogprob
+from counterflow.infer.request import TokenLogprob
+from counterflow.serve.desk import Written
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Choice:
     begun: bool = False
     """Whether a chunk of it was sent."""
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Written) -> None:
         """Take in a delta."""
         self.text += delta.text
         self.tokens += len(delta.tokens)
@@ -62,7 +63,7 @@ class Form(ABC):
         """The choice of an answer in one piece."""
 
     @abstractmethod
-    def piece(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def piece(self, choice: Choice, delta: Written) -> dict[str, Any]:
         """The choice of a chunk that adds `delta` to what was sent of `choice`."""
 
     def token(self, token: int) -> str:
@@ -85,7 +86,7 @@ class CompletionForm(Form):
         named = self.logprobs(choice.prompt, choice.named, 0) if self.wants_logprobs else None
         return {"index": choice.index, "text": choice.text, "logprobs": named, "finish_reason": choice.finish}
 
-    def piece(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def piece(self, choice: Choice, delta: Written) -> dict[str, Any]:
         """The choice of a chunk that adds `delta` to what was sent of `choice`."""
         named = [*delta.prompt_logprobs, *delta.logprobs]
         said = self.logprobs(choice.prompt, named, len(choice.text)) if self.wants_logprobs else None
@@ -118,7 +119,7 @@ class ChatForm(Form):
         named = self.logprobs(choice.named[: choice.tokens]) if self.wants_logprobs else None
         return {"index": choice.index, "message": message, "logprobs": named, "finish_reason": choice.finish}
 
-    def piece(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+    def piece(self, choice: Choice, delta: Written) -> dict[str, Any]:
         """The choice of a chunk that adds `delta` to what was sent of `choice`; the first names the role."""
         said = {"content": delta.text} | ({} if choice.begun else {"role": "assistant"})
         named = self.logprobs(delta.logprobs[: len(delta.tokens)]) if self.wants_logprobs else None

@@ -6,7 +6,7 @@ leave in OpenAI's form whatever raised them. A client that goes away ends its te
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,9 +21,11 @@ from starlette.exceptions import HTTPException
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import RequestError
 from counterflow.infer.engine import Engine
-from counterflow.infer.request import Delta, Sampling
+from counterflow.infer.request import Sampling
 from counterflow.serve.answers import ChatForm, Choice, CompletionForm, Form, failure, usage
+from counterflow.serve.desk import Written
 from counterflow.serve.guard import App, Guard
+from counterflow.serve.links import Link
 from counterflow.serve.metrics import Metrics
 from counterflow.serve.protocol import Asked, ChatAsked, CompletionAsked
 from counterflow.serve.worker import Busy, EngineFailed, Ticket, Worker
@@ -40,6 +42,10 @@ class Service:
     tokenizer: Tokenizer
     name: str
     max_queue: int
+    links: Sequence[Link] = ()
+    """To the other ranks that share the engine's experts."""
+    when_failed: Callable[[], None] = lambda: None
+    """Called once if the engine has failed: it serves nobody any more."""
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time()))
     _worker: Worker | None = None
@@ -53,7 +59,9 @@ class Service:
     @asynccontextmanager
     async def life(self, _: FastAPI) -> AsyncIterator[None]:
         """The engine's thread lives as long as the application."""
-        self._worker = Worker(self.engine, self.max_queue, self.metrics.first_token_s)
+        self._worker = Worker(
+            self.engine, self.max_queue, self.metrics.first_token_s, self.links, self.when_failed
+        )
         yield
         await self._worker.stop()
 
@@ -84,13 +92,12 @@ class Service:
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "counterflow"}
 
     async def health(self) -> Response:
-        """GET /health: 200 while the engine runs."""
-        failed = self.worker.failure
-        return PlainTextResponse("ok\n" if failed is None else f"{failed}\n", 200 if failed is None else 503)
+        """GET /health: 200 while the server runs, which ends when its engine does."""
+        return PlainTextResponse("ok\n")
 
     async def numbers(self) -> Response:
         """GET /metrics."""
-        text = self.metrics.text(self.engine, self.worker.under_way)
+        text = self.metrics.text(self.worker.numbers, self.worker.under_way)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Response:
@@ -131,7 +138,7 @@ class Service:
 
 async def stream(
     form: Form,
-    deltas: AsyncGenerator[tuple[int, Delta]],
+    deltas: AsyncGenerator[tuple[int, Written]],
     choices: list[Choice],
     prompts: list[list[int]],
     wants_usage: bool,

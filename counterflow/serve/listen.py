@@ -51,13 +51,19 @@ def listening(settings: ServerSettings) -> socket.socket:
 
 
 def server(service: Service, settings: ServerSettings) -> uvicorn.Server:
-    """The server, to `run` on sockets that listen; SIGINT and SIGTERM end it gracefully."""
+    """The server, to `run` on sockets that listen; SIGINT, SIGTERM and a failed engine end it gracefully."""
     config = uvicorn.Config(
         application(service, settings.api_key, settings.max_body_bytes),
         log_level="warning",
         timeout_graceful_shutdown=settings.grace_s,
     )
-    return uvicorn.Server(config)
+    web = uvicorn.Server(config)
+
+    def end() -> None:
+        web.should_exit = True
+
+    service.when_failed = end
+    return web
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,10 +1,10 @@
-"""What `/metrics` says, in Prometheus' text format; the engine's sums are read as they are."""
+"""What `/metrics` says, in Prometheus' text format; what an engine counts bears the label of its rank."""
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from counterflow.infer.engine import Engine
+from counterflow.serve.desk import Numbers
 
 BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -38,42 +38,48 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.request_s, self.first_token_s = Histogram(), Histogram()
 
-    def text(self, engine: Engine, under_way: int) -> str:
-        """All of it."""
+    def text(self, numbers: Sequence[Numbers], under_way: int) -> str:
+        """All of it; `numbers` are each rank's."""
         lines = ["# TYPE counterflow_http_requests_total counter"]
         for (path, status), count in sorted(self.requests.items()):
             lines.append(f'counterflow_http_requests_total{{path="{path}",status="{status}"}} {count}')
         for name, histogram in (("request", self.request_s), ("first_token", self.first_token_s)):
             lines.append(f"# TYPE counterflow_{name}_seconds histogram")
             lines += histogram.lines(f"counterflow_{name}_seconds")
-        for name, value in _gauges(engine, under_way).items():
-            lines += [f"# TYPE counterflow_{name} gauge", f"counterflow_{name} {value}"]
-        for name, value in _sums(engine).items():
-            lines += [f"# TYPE counterflow_{name}_total counter", f"counterflow_{name}_total {value}"]
-        for name, counts in (("reached", engine.statistics.reached), ("kept", engine.statistics.kept)):
-            lines.append(f"# TYPE counterflow_drafts_{name}_total counter")
-            for position, count in enumerate(list(counts), start=1):
-                lines.append(f'counterflow_drafts_{name}_total{{position="{position}"}} {count}')
+        lines += ["# TYPE counterflow_texts_under_way gauge", f"counterflow_texts_under_way {under_way}"]
+        lines += _by_rank("gauge", [_gauges(each) for each in numbers])
+        lines += _by_rank("counter", [_sums(each) for each in numbers])
         return "\n".join(lines) + "\n"
 
 
-def _gauges(engine: Engine, under_way: int) -> dict[str, float]:
+def _by_rank(kind: str, values: list[dict[str, list[float]]]) -> Iterator[str]:
+    """Each name's values by rank, and by position where there is one for each draft of a chain."""
+    for name in values[0]:
+        yield f"# TYPE counterflow_{name} {kind}"
+        for rank, found in enumerate(values):
+            for position, value in enumerate(found[name], start=1):
+                place = f',position="{position}"' if name.startswith("drafts") else ""
+                yield f'counterflow_{name}{{rank="{rank}"{place}}} {value}'
+
+
+def _gauges(numbers: Numbers) -> dict[str, list[float]]:
     return {
-        "texts_under_way": under_way,
-        "sequences_running": len(engine.batch.running),
-        "cache_blocks": engine.blocks.num_blocks,
-        "cache_blocks_available": engine.blocks.available,
+        "sequences_running": [numbers.running],
+        "cache_blocks": [numbers.blocks],
+        "cache_blocks_available": [numbers.available],
     }
 
 
-def _sums(engine: Engine) -> dict[str, float]:
-    statistics = engine.statistics
+def _sums(numbers: Numbers) -> dict[str, list[float]]:
+    statistics = numbers.statistics
     return {
-        "prompt_tokens": statistics.prompt_tokens,
-        "reused_tokens": statistics.reused_tokens,
-        "tokens": statistics.tokens,
-        "steps": statistics.steps,
-        "preemptions": statistics.preemptions,
-        "draft_seconds": statistics.draft_s,
-        "model_seconds": statistics.model_s,
+        "prompt_tokens_total": [statistics.prompt_tokens],
+        "reused_tokens_total": [statistics.reused_tokens],
+        "tokens_total": [statistics.tokens],
+        "steps_total": [statistics.steps],
+        "preemptions_total": [statistics.preemptions],
+        "draft_seconds_total": [statistics.draft_s],
+        "model_seconds_total": [statistics.model_s],
+        "drafts_reached_total": list(statistics.reached),
+        "drafts_kept_total": list(statistics.kept),
     }

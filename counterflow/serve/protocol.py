@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import RequestError
 from counterflow.infer.request import Sampling
+from counterflow.infer.text import document
 
 MOST_PROMPTS = 1024
 MOST_STOPS = 16
@@ -84,7 +85,7 @@ class CompletionAsked(Asked):
             given = [given]
         if not given or len(given) > MOST_PROMPTS:
             raise RequestError(f"prompt is a list of {len(given)}; it must hold 1 to {MOST_PROMPTS} prompts.")
-        return [encoded(tokenizer, one) if isinstance(one, str) else list(one) for one in given]
+        return [document(tokenizer, one) if isinstance(one, str) else list(one) for one in given]
 
     def settings(self, eos: int) -> Sampling:
         """How to draw.   Fails: RequestError."""
@@ -135,11 +136,11 @@ class ChatAsked(Asked):
         marks = {role: token for role, token in found.items() if token is not None}
         if len(marks) < len(MARKS):
             turns = [f"{ROLES[message.role]}: {message.text()}\n\n" for message in self.messages]
-            return [encoded(tokenizer, "".join(turns) + "Assistant:")]
+            return [document(tokenizer, "".join(turns) + "Assistant:")]
         ids = [tokenizer.bos]
         for message in self.messages:
             ids += [marks[message.role]] if message.role in marks else []
-            ids += encoded(tokenizer, message.text())[1:]
+            ids += document(tokenizer, message.text())[1:]
             ids += [tokenizer.eos] if message.role == "assistant" else []
         return [[*ids, marks["assistant"]]]
 
@@ -153,14 +154,3 @@ class ChatAsked(Asked):
         if tokenizer.bpe.token_to_id(MARKS["user"]) is None:  # roles are words: the next one's ends the turn
             return Sampling(**{**vars(sampling), "stop": (*sampling.stop, "\n\nUser:")})
         return sampling
-
-
-def encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The token that begins a document, and the text's ids.   Fails: RequestError on half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text cannot be written as UTF-8 ({error.reason}); send whole characters."
-        ) from None
-    return [tokenizer.bos, *tokenizer.encode(text)]

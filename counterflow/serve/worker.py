@@ -1,24 +1,35 @@
 """The engine's own thread, and how requests of an event loop reach it and its text comes back.
 
-One thread steps the engine; everything reaches it through one queue and leaves it by the loop's own call, a batch of
-deltas a step, so neither side locks. Who asked holds a `Ticket` and reads its deltas; who goes away is aborted. If a
-step fails every ticket is told, and no more are taken: an engine that failed in mid-step cannot be trusted.
+One thread steps the engine; everything reaches it through one queue and leaves it by the loop's own call, a report a
+step, so neither side locks. Who asked holds a `Ticket` and reads its deltas; who goes away is aborted.
+
+Where ranks share the model's experts the loop deals each prompt to the rank with the fewest texts open, and the thread
+tells every rank its news before each step; what the others write comes to the loop by their links. While nothing is
+open all ranks wait, this one at its queue and the others for its word. Not taken: a prompt to the rank whose cache
+knows its beginning, which would need the others' tables here.
+
+If a step fails or a rank is lost every ticket is told, no more are taken, and the server is asked to end: an engine
+that failed in mid-step cannot be trusted, and the ranks that are left hold a part of the experts.
 """
 
 import asyncio
-import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from time import perf_counter
 
-from counterflow.errors import RequestError
+from counterflow.errors import RankError, RequestError
 from counterflow.infer.engine import Engine
-from counterflow.infer.request import Delta, Sampling, Sequence
+from counterflow.infer.request import Sampling
+from counterflow.serve.desk import Begin, Desk, End, News, Numbers, Report, Written
+from counterflow.serve.links import Link
 from counterflow.serve.metrics import Histogram
 
-log = logging.getLogger(__name__)
+BLAME_S = 2.0
+"""How long a failed step waits for word of a lost rank, which is then the cause."""
 
 
 class Busy(Exception):
@@ -26,35 +37,50 @@ class Busy(Exception):
 
 
 class EngineFailed(Exception):
-    """A step failed; the engine runs no more."""
+    """A step failed or a rank was lost; the engine runs no more."""
 
 
 @dataclass(eq=False)
 class Ticket:
-    """One request's texts under way: `prompts` times `samples`, in that order."""
+    """One request's texts under way: its prompts times `samples`, in that order."""
 
-    prompts: list[list[int]]
-    sampling: Sampling
     samples: int
-    deltas: "asyncio.Queue[tuple[int, Delta] | Exception]" = field(default_factory=asyncio.Queue)
+    open: int
+    """Texts whose reader has not seen their end."""
+    ranks: dict[int, int] = field(default_factory=dict)
+    """The rank of each of its keys, one a prompt."""
+    deltas: "asyncio.Queue[tuple[int, Written] | Exception]" = field(default_factory=asyncio.Queue)
     """An exception ends them."""
     began: float = field(default_factory=perf_counter)
-    sequences: list[Sequence] = field(default_factory=list)
-    open: int = 0
-    """Texts that have not ended."""
 
 
 class Worker:
-    """Steps an engine in a thread; `submit` and `read` belong to the event loop that started it."""
+    """Steps an engine in a thread; all public calls belong to the event loop that started it."""
 
-    def __init__(self, engine: Engine, max_queue: int, first_token_s: Histogram) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        max_queue: int,
+        first_token_s: Histogram,
+        links: Sequence[Link],
+        when_failed: Callable[[], None],
+    ) -> None:
         self.engine, self.max_queue, self.first_token_s = engine, max_queue, first_token_s
         self.under_way = 0
         """Texts that were asked for and have not ended."""
         self.failure: Exception | None = None
-        self._inbox: queue.SimpleQueue[Ticket | Abort | None] = queue.SimpleQueue()
-        self._tickets: dict[Sequence, tuple[Ticket, int]] = {}
+        self._desk, self._links, self._when_failed = Desk(engine), links, when_failed
+        self.numbers: list[Numbers] = [self._desk.numbers()] * (1 + len(links))
+        """Each rank's, as of its last report."""
+        self._keys = count()
+        self._texts: dict[tuple[int, int], tuple[Ticket, int]] = {}
+        self._open = [0] * (1 + len(links))
+        """Texts that each rank has yet to end."""
+        self._inbox: queue.SimpleQueue[tuple[int, News] | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
+        self._failed = threading.Event()
+        for rank, link in enumerate(links, start=1):
+            link.listen(partial(self._heard, rank), partial(self._lost, rank))
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -64,20 +90,21 @@ class Worker:
             self.engine.check(prompt, samples)
         if self.failure is not None:
             raise EngineFailed(str(self.failure))
-        count = len(prompts) * samples
-        room = self.max_queue + self.engine.batch.max_sequences
-        if count > room:
+        texts = len(prompts) * samples
+        room = self.max_queue + self.engine.batch.max_sequences * len(self._open)
+        if texts > room:
             raise RequestError(
-                f"the request asks for {count} texts; the server takes {room} at once: ask for fewer."
+                f"the request asks for {texts} texts; the server takes {room} at once: ask for fewer."
             )
-        if self.under_way + count > room:
+        if self.under_way + texts > room:
             raise Busy
-        ticket = Ticket(prompts, sampling, samples, open=count)
-        self.under_way += count
-        self._inbox.put(ticket)
+        ticket = Ticket(samples, texts)
+        self.under_way += texts
+        for number, prompt in enumerate(prompts):
+            self._deal(ticket, number, Begin(next(self._keys), prompt, sampling, samples))
         return ticket
 
-    async def read(self, ticket: Ticket) -> AsyncGenerator[tuple[int, Delta]]:
+    async def read(self, ticket: Ticket) -> AsyncGenerator[tuple[int, Written]]:
         """(text's index, delta) until all texts of the ticket have ended; whoever stops reading aborts them."""
         first = True
         try:
@@ -96,61 +123,85 @@ class Worker:
             if ticket.open:
                 self.under_way -= ticket.open
                 ticket.open = 0
-                self._inbox.put(Abort(ticket))
+                self._abort(ticket)
 
     async def stop(self) -> None:
-        """End the thread; texts under way are dropped."""
+        """End the thread, and with it the other ranks; texts under way are dropped."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        while self._thread.is_alive() and self.failure is None:
+            await asyncio.sleep(0.01)
+
+    def _deal(self, ticket: Ticket, number: int, asked: Begin) -> None:
+        """A prompt to the rank with the fewest texts open; `number` is its place in the request."""
+        rank = self._open.index(min(self._open))
+        ticket.ranks[asked.key] = rank
+        for sample in range(asked.samples):
+            self._texts[asked.key, sample] = ticket, number * asked.samples + sample
+        self._open[rank] += (
+            asked.samples
+        )  # before the thread hears of it, or it might think that all have ended
+        self._inbox.put((rank, asked))
+
+    def _abort(self, ticket: Ticket) -> None:
+        for key, rank in ticket.ranks.items():
+            left = [self._texts.pop((key, sample), None) is not None for sample in range(ticket.samples)]
+            self._open[rank] -= sum(left)
+            if any(left):
+                self._inbox.put((rank, End(key)))
 
     def _work(self) -> None:
         try:
-            while self._take():
-                deltas = self.engine.step()
-                if deltas:
-                    self._loop.call_soon_threadsafe(self._hand_out, deltas)
+            while (news := self._news()) is not None:
+                for link, each in zip(self._links, news[1:], strict=True):
+                    link.send(each)
+                report = self._desk.step(news[0])
+                if report is not None:
+                    self._loop.call_soon_threadsafe(self._hand_out, 0, report)
+            for link in self._links:
+                link.send(None)
         except Exception as error:
-            log.exception("the engine failed")
-            self._loop.call_soon_threadsafe(self._fail, error)
+            if not self._links or not self._failed.wait(BLAME_S):
+                self._loop.call_soon_threadsafe(self._fail, error)
 
-    def _take(self) -> bool:
-        """Everything in the inbox, waiting for something if the engine is idle; False at the end."""
-        while not self._inbox.empty() or self.engine.idle:
+    def _news(self) -> list[list[News]] | None:
+        """Each rank's, all that is in the inbox, waiting for some if no rank has a text open; None at the end."""
+        news: list[list[News]] = [[] for _ in self._open]
+        while not self._inbox.empty() or not (any(news) or not self.engine.idle or any(self._open[1:])):
             got = self._inbox.get()
             if got is None:
-                return False
-            if isinstance(got, Abort):
-                for sequence in got.ticket.sequences:
-                    self.engine.abort(sequence)
-                    self._tickets.pop(sequence, None)
-                continue
-            for prompt in got.prompts:
-                got.sequences += self.engine.add(prompt, got.sampling, got.samples)
-            self._tickets.update((sequence, (got, index)) for index, sequence in enumerate(got.sequences))
-        return True
+                return None
+            rank, each = got
+            news[rank].append(each)
+        return news
 
-    def _hand_out(self, deltas: list[Delta]) -> None:
-        for delta in deltas:
-            ticket, index = self._tickets.get(delta.sequence, (None, 0))
-            if ticket is None:  # aborted while this was on its way
+    def _heard(self, rank: int, report: Report | None) -> None:
+        if report is not None:
+            self._loop.call_soon_threadsafe(self._hand_out, rank, report)
+
+    def _lost(self, rank: int) -> None:
+        self._failed.set()
+        error = RankError(
+            f"rank {rank} is gone, and its part of the experts with it, so the server ends; what that rank said last "
+            "tells why. Start the server again."
+        )
+        self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _hand_out(self, rank: int, report: Report) -> None:
+        self.numbers[rank] = report.numbers
+        for delta in report.written:
+            name = delta.key, delta.index
+            if name not in self._texts:  # aborted while this was on its way
                 continue
+            ticket, index = self._texts[name]
             if delta.finish:
-                self._tickets.pop(delta.sequence, None)
-            if delta.finish or delta.tokens or delta.text or delta.prompt_logprobs:
-                ticket.deltas.put_nowait((index, delta))
+                del self._texts[name]
+                self._open[rank] -= 1
+            ticket.deltas.put_nowait((index, delta))
 
     def _fail(self, error: Exception) -> None:
+        if self.failure is not None:  # what follows from the first
+            return
         self.failure = error
-        tickets = [ticket for ticket, _ in self._tickets.values()]
-        while not self._inbox.empty():
-            if isinstance(left := self._inbox.get(), Ticket):
-                tickets.append(left)
-        for ticket in tickets:
+        for ticket in {ticket for ticket, _ in self._texts.values()}:
             ticket.deltas.put_nowait(EngineFailed(str(error)))
-
-
-@dataclass(frozen=True)
-class Abort:
-    """Word to the thread that nobody reads a ticket any more."""
-
-    ticket: Ticket
+        self._when_failed()

@@ -135,8 +135,8 @@ class Checkpoints:
             path = self.path(step) / name
             size = path.stat().st_size if path.is_file() else -1
             if size != expected["bytes"]:
-                found = "missing" if size < 0 else f"truncated: it has {size} bytes"
-                raise CheckpointError(f"{path} is {found}, not {expected['bytes']}; {self._instead(step)}")
+                torn = f"truncated: it has {size} bytes, not {expected['bytes']}"
+                raise CheckpointError(f"{path} is {'missing' if size < 0 else torn}; {self._instead(step)}")
             try:
                 crc = _crc(path)
             except OSError as error:

@@ -56,6 +56,8 @@ def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh]
 
     0: as many as torchrun or Slurm has started, else one.   Fails: ConfigError where these are not as many.
     """
+    if ranks < 0:
+        raise ConfigError(f"ranks is {ranks}; it must be at least 1, or 0 for as many as were started.")
     ranks = ranks or started() or 1
     if started() is None and ranks > 1:
         return _launch(Parallel(data=ranks, expert=ranks), 0, words, "start fewer ranks, or give each more")
@@ -82,6 +84,10 @@ def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     with joined(parallel, device) as mesh:
         try:
             return act(mesh)
+        except RankError as error:
+            if "TORCHELASTIC_RUN_ID" not in os.environ:  # an agent says it, and how that rank ended
+                print(f"counterflow: {error}", file=sys.stderr, flush=True)
+            return _peer_lost(error)
         except CounterflowError as error:
             if error.shared and not mesh.first:
                 raise SystemExit(error.exit_code) from None  # the first rank says it
@@ -154,8 +160,8 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.launcher").setLevel(logging.CRITICAL)
+    for told in ("elastic", "elastic.agent.server.api", "launcher"):  # what happened is said once, by us
+        logging.getLogger(f"torch.distributed.{told}").setLevel(logging.CRITICAL)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -132,8 +132,12 @@ def test_the_commands_write_what_they_measure(folder, tokenizer, capsys):
     assert f"{binoculars(MODEL, OTHER, tokenizer, TEXT):.4f}" in capsys.readouterr().out
     assert main(["evaluate", "perplexity", text]) == 2
     assert main(["evaluate", "binoculars", text, "--observer", one]) == 2
+    (folder / "empty.txt").write_text("")
+    assert main([*words[:2], str(folder / "empty.txt"), *words[3:]]) == 2
+    assert main(["evaluate", "perplexity", text, "--run", one, "--max_bytes=-5"]) == 2
     errors = capsys.readouterr().err
     assert "--run is missing" in errors and "compares two models" in errors
+    assert "empty.txt hold no text" in errors and "max_bytes is -5.0; it must be at least 1" in errors
 
 
 def test_models_of_other_vocabularies_are_not_compared(folder, tmp_path_factory, capsys):

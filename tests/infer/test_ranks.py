@@ -3,6 +3,7 @@
 Ranks are threads here; processes are in `tests/cli/test_processes.py`.
 """
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from counterflow.comm import DISPATCHERS
 from counterflow.comm.dispatch import Terms
 from counterflow.comm.peers import Peers, thread_peers
-from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.engine import Engine, EngineSettings, pass_rows
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sampling
 from counterflow.model.transformer import Transformer, expert_shards, keep_experts
@@ -124,3 +125,22 @@ def test_requests_may_come_to_one_rank_while_the_others_have_none():
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(rank, range(2))
     assert first == second == [*late, *write_alone([late], [replace(GREEDY, max_tokens=4)], SETTINGS)[0]]
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_no_pass_runs_over_more_rows_than_backends_make_room_for(modules, monkeypatch):
+    """Modules run over what waited while nothing was drafted: more than a step's positions, no more than is said."""
+    settings = EngineSettings(max_sequences=4, max_rows=24, block_size=8, drafts=3, modules=modules)
+    engine, dice, seen = Engine(trained_model(), settings), random.Random(0), []
+    run = engine.runner.passes._run
+
+    def spied(name, act, extents, tokens, hidden):
+        seen.append(sum(map(len, tokens)))
+        return run(name, act, extents, tokens, hidden)
+
+    monkeypatch.setattr(engine.runner.passes, "_run", spied)
+    monkeypatch.setattr(engine.depth, "choose", lambda writing: dice.choice((0, 0, 0, 0, 3)))
+    for prompt in texts(30, 40, seed=3):
+        engine.add(prompt[: dice.randint(1, 40)].tolist(), replace(GREEDY, max_tokens=dice.randint(1, 20)))
+    finish(engine)
+    assert engine.batch.max_rows < max(seen) <= pass_rows(engine.model, settings)

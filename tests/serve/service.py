@@ -29,10 +29,9 @@ def learnt(root: Path) -> Tokenizer:
 
 
 @dataclass
-class Running:
+class Reached:
     """A server that answers on `port`."""
 
-    service: Service
     port: int
 
     def ask(self, path: str, body=None, headers=None, raw: bytes | None = None) -> tuple[int, bytes]:
@@ -51,6 +50,14 @@ class Running:
         status, body = self.ask("/v1/completions", {"model": "toy", **fields})
         assert status == 200, body
         return json.loads(body)
+
+
+@dataclass
+class Running(Reached):
+    """One in this process."""
+
+    service: Service
+    thread: threading.Thread
 
     def settle(self) -> None:
         """Wait until the engine has nothing to do."""
@@ -76,7 +83,7 @@ def running(tokenizer: Tokenizer, max_queue: int = 1024, sequences: int = 8, **s
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.02)
         try:
-            yield Running(service, socket.getsockname()[1])
+            yield Running(socket.getsockname()[1], service, thread)
         finally:  # or a failing test would wait for its server for ever
             web.should_exit = True
             thread.join(timeout=60)

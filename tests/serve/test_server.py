@@ -5,6 +5,7 @@ import json
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 
 import openai
 import pytest
@@ -237,7 +238,7 @@ def test_metrics_and_page(toy):
     toy.complete(prompt="a", max_tokens=3)
     status, text = toy.ask("/metrics")
     lines = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
-    assert status == 200 and float(lines["counterflow_tokens_total"]) >= 3
+    assert status == 200 and float(lines['counterflow_tokens_total{rank="0"}']) >= 3
     assert float(lines['counterflow_http_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert (
         lines["counterflow_request_seconds_count"] == lines['counterflow_request_seconds_bucket{le="+Inf"}']
@@ -268,13 +269,14 @@ def test_the_key_the_limits_and_a_graceful_stop(tokenizer):
     last.close()
 
 
-def test_a_failed_engine_says_so_to_everybody(tokenizer, monkeypatch):
-    with running(tokenizer) as server:
-        monkeypatch.setattr(server.service.engine, "run", lambda works: 1 / 0)
-        for _ in range(2):
-            status, body = server.ask("/v1/completions", {"model": "toy", "prompt": "a"})
+def test_a_failed_engine_says_so_to_everybody_and_the_server_ends(tokenizer, monkeypatch):
+    with running(tokenizer) as server, ThreadPoolExecutor(4) as pool:
+        monkeypatch.setattr(server.service.engine, "run", lambda works: sleep(0.5) or 1 / 0)
+        asked = {"model": "toy", "prompt": "a"}
+        for status, body in pool.map(lambda _: server.ask("/v1/completions", asked), range(4)):
             assert status == 503 and "division by zero" in json.loads(body)["error"]["message"]
-        assert server.ask("/health")[0] == 503
+        server.thread.join(timeout=20)
+        assert not server.thread.is_alive() and isinstance(server.service.worker.failure, ZeroDivisionError)
 
 
 @pytest.mark.parametrize(
