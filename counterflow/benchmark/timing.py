@@ -68,11 +68,8 @@ class Bench:
     settings: RatesSettings
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def model(self) -> ModelConfig:
-        """Whose shapes."""
-        return MODELS[self.settings.model]
+    model: ModelConfig
+    """Whose shapes."""
 
     @property
     def tokens(self) -> int:
