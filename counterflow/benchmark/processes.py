@@ -47,7 +47,7 @@ def begun(
             yield
     finally:
         for process in running.processes:
-            if process.is_alive():
+            if process is not None and process.is_alive():
                 process.kill()
                 process.join()
 
