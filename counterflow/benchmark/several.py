@@ -33,6 +33,9 @@ from counterflow.schedule import picture, trace
 from counterflow.train.provenance import provenance
 from counterflow.train.timeline import caption
 
+NOTHING = "no step came by the backend that was asked for, before"
+GRACE_S = 15.0
+"""For processes to end, once they have said all."""
 LEAST_S = 15.0
 """Too little to begin a part with."""
 
@@ -94,10 +97,17 @@ class Run:
         for name, why in self.record.not_run.items():
             self.record.say(f"{name}: {why}")
         for number, part in enumerate(parts(self.wish)):
-            self._part(part, self.notes / f"{number}.jsonl")
+            self._part(part.without(self._lost()), self.notes / f"{number}.jsonl")
             self.record.keep()
         self.record.say(f"{len(self.record.rows)} rows; not run: {len(self.record.not_run)}")
         self.record.keep()
+
+    def _lost(self) -> set[str]:
+        """Backends by which no step came out where one did by `collective`: nothing more is asked of them."""
+        compared = [name.split(", ") for name in (*self.record.rows, *self.record.not_run)]
+        tried = {words[3] for words in compared if words[0] == "equality" and len(words) == 4}
+        gave = {name.split(", ")[-1] for name, row in self.record.rows.items() if "worst" in row}
+        return tried - gave if "collective" in gave else set()
 
     def _part(self, part: Part, file: Path) -> None:
         """A part's rows, as they come; what it did not give is not run, for one reason."""
@@ -108,19 +118,30 @@ class Run:
             self.record.say(f"{part.name} ... ({left:.0f} s left)")
             try:
                 self._predict(part)
-                limit = min(left, part.limit_s)
-                for _ in begun(part.play, part.parallel, self.wish.device, *part.given, file, limit_s=limit):
-                    self._take(part, file)
+                self._play(part, file, min(left, part.limit_s))
             except (TimeoutError, CounterflowError) as error:
                 why = str(error)
             except ProcessException as error:
                 why = str(error).strip().splitlines()[-1]
-                (self.record.folder / "failures.txt").open("a").write(f"{part.name}\n{error}\n\n")
+                with (self.record.folder / "failures.txt").open("a", encoding="utf-8") as failures:
+                    failures.write(f"{part.name}\n{error}\n\n")
         self._take(part, file)
         for name in part.rows:
             if name not in self.record.rows:
-                self.record.not_run[name] = why or "its processes ended without it"
+                lost = name.split(", ")[-1] in self._lost()
+                self.record.not_run[name] = why or (NOTHING if lost else "its processes ended without it")
                 self.record.say(f"{name}: NOT RUN, {self.record.not_run[name]}")
+
+    def _play(self, part: Part, file: Path, limit_s: float) -> None:
+        """A part's processes until they end, or until all rows are there and they had a while to end."""
+        whole = float("inf")
+        for _ in begun(part.play, part.parallel, self.wish.device, *part.given, file, limit_s=limit_s):
+            self._take(part, file)
+            if all(name in self.record.rows for name in part.rows):
+                whole = min(whole, time.monotonic())
+            if time.monotonic() - whole > GRACE_S:
+                self.record.say(f"{part.name}: its processes did not end when all was done, and were ended")
+                return
 
     def _predict(self, part: Part) -> None:
         """What the planner says of a part's ways, before it runs."""
@@ -166,14 +187,17 @@ class Run:
         """A timed row with what it means, and its timeline."""
         assert part.run is not None, "timed steps have a run"
         spans = trace.read(Path(row.pop("trace")).read_text(encoding="utf-8"))
-        row |= held_against(part.run, row, spans)
+        way = part.ways[part.rows.index(row["name"])]
+        row |= held_against(part.run, way, row, spans)
         predicted = self.predicted[row["name"]]
         row["predicted"] = self.record.predictions[row["name"]]
         row["errors"] = errors(predicted, row)
+        if part.run.parallel.dispatch != self.wish.dispatch[0]:
+            row["by_collective"] = NOTHING
         ranks, drawn = scheduled(part.run)[0].ranks, {}
         for what, some in (
             ("predicted by the planner before the run", predicted.spans),
-            ("simulated from the step's own op times", simulated_from(part.run, spans)),
+            ("simulated from the step's own op times", simulated_from(part.run, way, spans)),
             ("measured (a transfer that overlaps is drawn while it is issued)", spans),
         ):
             drawn[caption(what, some, ranks)] = some

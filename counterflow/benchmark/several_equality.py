@@ -6,6 +6,7 @@ loop chose are every other run's too, so that a rounding which tips a token to a
 not mistaken for an error. Not taken: gathering gradients on one rank, which several gigabytes of them forbid.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from counterflow.comm.mesh import Mesh
 from counterflow.config.run import RunConfig
 from counterflow.model import route
 from counterflow.model.layer import Choose
-from counterflow.model.transformer import Transformer, expert_shards, initialise, moe_layers
+from counterflow.model.transformer import Transformer, expert_shards, initialise, moe_layers, named_routers
 from counterflow.pipeline.stage import StepSettings, Sums
 from counterflow.schedule.words import Schedule
 from counterflow.train.optim import Optimizer
@@ -82,12 +83,15 @@ def replaying(given: Iterable[Tensor], flips: list[Tensor]) -> Choose:
 
 
 def plain_step(
-    run: RunConfig, schedule: Schedule, samples: FixedSamples, device: torch.device, routing: Routing | None
+    run: RunConfig,
+    whole: Transformer,
+    schedule: Schedule,
+    samples: FixedSamples,
+    device: torch.device,
+    routing: Routing | None,
 ) -> Reference:
     """The step by the plain loop, summed per data rank and pipe as the pipeline sums; without a routing, its own."""
-    model = Transformer(run.model)
-    initialise(model, run.train.seed)
-    model.to(device)
+    model = copy.deepcopy(whole).to(device)
     found: dict[int, list[Tensor]] = defaultdict(list)
     for index, _, layer in moe_layers(model):
         layer.router.choose = recording(found[index]) if routing is None else replaying(routing[index], [])
@@ -128,17 +132,27 @@ def summed(
     return nll, balance, counts
 
 
-class Parallel:
-    """The step's other side: this rank's share of the model, its optimizer's buckets and its place in the pipeline."""
+def whole_model(run: RunConfig) -> Transformer:
+    """All of it, as training starts, on the CPU."""
+    model = Transformer(run.model)
+    initialise(model, run.train.seed)
+    return model
 
-    def __init__(self, run: RunConfig, mesh: Mesh) -> None:
+
+class Share:
+    """The step's other side: this rank's part of the model, its optimizer's buckets and its place in the pipeline."""
+
+    def __init__(self, run: RunConfig, mesh: Mesh, whole: Transformer) -> None:
         self.run, self.mesh = run, mesh
         self.pipelined = Pipelined(run, mesh)
         self.model = self.pipelined.model
-        initialise(self.model, run.train.seed)
-        self.model.to(mesh.device)
         self.shards = expert_shards(self.model)
-        named = list(self.model.named_parameters())
+        weights, named = dict(whole.named_parameters()), list(self.model.named_parameters())
+        for name, value in named:
+            value.data.copy_(self._mine(name, value, weights[name].data))
+        for _, _, bias in named_routers(self.model):
+            bias.zero_()
+        self.model.to(mesh.device)
         self.optimizer = Optimizer(named, run.train, mesh.device, mesh, self.pipelined.groups(), self.shards)
 
     def step(self, samples: FixedSamples, routing: Routing) -> tuple[Sums, int]:
@@ -169,19 +183,22 @@ class Parallel:
     def errors(self, gradients: Gradients) -> Iterator[tuple[str, float]]:
         """Every weight's, relative to the largest element of what it should be; 0.0 is equal bit for bit."""
         for name, value in self.optimizer.gradients():
-            want = gradients[name].flatten()
-            start = self.shards[name].offset if name in self.shards else 0
-            yield name, relative_error(value, want[start : start + value.numel()].view(value.shape))
+            yield name, relative_error(value, self._mine(name, value, gradients[name]))
+
+    def _mine(self, name: str, here: Tensor, whole: Tensor) -> Tensor:
+        """What this rank holds of a weight, or of its gradient."""
+        start = self.shards[name].offset if name in self.shards else 0
+        return whole.flatten()[start : start + here.numel()].view(here.shape)
 
 
 def step_equality(
     mesh: Mesh, run: RunConfig, name: str, precisions: Sequence[str], backends: Sequence[str], rows: Path
 ) -> None:
     """A row for every precision and backend, noted by the first rank. A collective."""
-    samples = FixedSamples(run)
+    samples, whole = FixedSamples(run), whole_model(run)
     for precision in precisions:
-        ours = Parallel(replace(run, train=replace(run.train, precision=precision)), mesh)
-        reference = _reference(ours, samples)
+        ours = Share(replace(run, train=replace(run.train, precision=precision)), mesh, whole)
+        reference = _reference(ours, whole, samples)
         for backend in backends:
             found = _compared(ours, reference, samples, backend)
             if mesh.first:
@@ -194,19 +211,19 @@ def step_name(name: str, precision: str, backend: str, expert: int) -> str:
     return ", ".join([name, precision, *[backend] * (expert > 1)])
 
 
-def _reference(ours: Parallel, samples: FixedSamples) -> Reference:
+def _reference(ours: Share, whole: Transformer, samples: FixedSamples) -> Reference:
     """The plain loop's step with the first rank's choices, on this rank's own device. A collective."""
     mesh, schedule, kept = ours.mesh, ours.pipelined.schedule, list[Reference]()
 
     def first() -> Routing:
-        kept.append(plain_step(ours.run, schedule, samples, mesh.device, None))
+        kept.append(plain_step(ours.run, whole, schedule, samples, mesh.device, None))
         return {index: [ids.cpu() for ids in some] for index, some in kept[0].routing.items()}
 
     routing = mesh.first_does(first)
-    return kept[0] if kept else plain_step(ours.run, schedule, samples, mesh.device, routing)
+    return kept[0] if kept else plain_step(ours.run, whole, schedule, samples, mesh.device, routing)
 
 
-def _compared(ours: Parallel, reference: Reference, samples: FixedSamples, backend: str) -> dict[str, Any]:
+def _compared(ours: Share, reference: Reference, samples: FixedSamples, backend: str) -> dict[str, Any]:
     """Differences between both, over all ranks; or why the backend does not run here, on all ranks alike."""
     mesh, parallel = ours.mesh, replace(ours.run.parallel, dispatch=backend)
     ours.model.dispatcher, why_not = opened(replace(ours.run, parallel=parallel), mesh)
@@ -228,7 +245,7 @@ def _compared(ours: Parallel, reference: Reference, samples: FixedSamples, backe
     }
 
 
-def _losses(ours: Parallel, reference: Reference, sums: Sums) -> dict[str, Any]:
+def _losses(ours: Share, reference: Reference, sums: Sums) -> dict[str, Any]:
     """Relative differences of the losses by depth and of the balance loss, and whether all counts are the same."""
     mesh, device = ours.mesh, ours.mesh.device
     mine, balance, counted = summed([sums], device)

@@ -5,7 +5,7 @@ DualPipe, dispatch and combine, the other schedules, the other models, and last 
 show as well. A part knows its rows by name before it runs, so that what it did not come to can be said.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -96,6 +96,17 @@ class Part:
     """Of timed steps, or of the rates that predict them."""
     ways: tuple[Way, ...] = ()
     """The rows' own."""
+
+    def without(self, backends: Collection[str]) -> "Part":
+        """The same by `collective`, where it would go by one of the backends that are lost; a step that is compared by
+        one is not compared."""
+        if self.play is step_equality:
+            *given, some = self.given
+            return replace(self, given=(*given, tuple(one for one in some if one not in backends)))
+        if self.run is None or not self.ways or self.run.parallel.dispatch not in backends:
+            return self
+        run = replace(self.run, parallel=replace(self.run.parallel, dispatch="collective"))
+        return replace(self, run=run, parallel=run.parallel, given=(run, *self.given[1:]))
 
 
 def layout_name(pipeline: int, expert: int) -> str:

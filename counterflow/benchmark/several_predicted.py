@@ -2,11 +2,11 @@
 
 A prediction stands on the rates that were measured at the start and on nothing that the run itself showed. Beside it
 stands the simulation fed with the run's own op times, which knows no transfer: where it idles, the schedule does; what
-a rank waited for beyond that are the pipeline's transfers. With the overlap off the planner's ops are laid end to end,
-cell by cell, for it has no schedule whose transfers are waited for.
+a rank waited for beyond that are the pipeline's transfers. With the overlap off both lay their ops end to end, cell by
+cell, since a transfer that is waited for at once runs beside nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from counterflow.plan.stages import stage_plans
 from counterflow.schedule.measure import idle
 from counterflow.schedule.simulate import makespan, simulate
 from counterflow.schedule.weave import weave
-from counterflow.schedule.words import Cell, Plan, Schedule, Span, StageId
+from counterflow.schedule.words import Cell, Op, Plan, Schedule, Span, StageId
 from counterflow.train import timeline
 
 ROOM = 0.8
@@ -94,15 +94,19 @@ def prediction(run: RunConfig, way: Way, machine: Hardware) -> Prediction:
 def _spans(costs: Costs, way: Way, schedule: Schedule, plans: tuple[Plan, ...]) -> list[Span]:
     if way.overlapped:
         return predict(costs, schedule=schedule).spans
-    by_stage: Mapping[StageId, Plan] = {stage: plans[stage.index] for stage in schedule.rank_of}
-
-    def seconds(rank: int, cell: Cell) -> float:
-        return sum(costs.seconds(op.kind, op.part, op.layer, False) for op in weave(cell, by_stage))
-
+    seconds = in_a_row(schedule, plans, lambda rank, op: costs.seconds(op.kind, op.part, op.layer, False))
     return simulate(schedule, seconds, costs.send_s)
 
 
-def held_against(run: RunConfig, row: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, Any]:
+def in_a_row(
+    schedule: Schedule, plans: tuple[Plan, ...], seconds: Callable[[int, Op], float]
+) -> Callable[[int, Cell], float]:
+    """Of a cell whose ops follow each other, transfers and all."""
+    by_stage: Mapping[StageId, Plan] = {stage: plans[stage.index] for stage in schedule.rank_of}
+    return lambda rank, cell: sum(seconds(rank, op) for op in weave(cell, by_stage))
+
+
+def held_against(run: RunConfig, way: Way, row: Mapping[str, Any], spans: Sequence[Span]) -> dict[str, Any]:
     """What a measured row means: tokens a second, the recorded step's bubble beside the simulated one, exposed waits.
 
     `spans` are the recorded step's. Exposed transfers of the pipeline are what ranks waited for products beyond the
@@ -110,7 +114,7 @@ def held_against(run: RunConfig, row: Mapping[str, Any], spans: Sequence[Span]) 
     """
     schedule, _ = scheduled(run)
     ranks, step = schedule.ranks, median(row["steps_s"])
-    simulated = simulated_from(run, spans)
+    simulated = simulated_from(run, way, spans)
     stood = [waits[1] for waits in row["recorded_waits_s"]]
     at_rest = idle(simulated, ranks)
     return {
@@ -123,10 +127,12 @@ def held_against(run: RunConfig, row: Mapping[str, Any], spans: Sequence[Span]) 
     }
 
 
-def simulated_from(run: RunConfig, spans: Sequence[Span]) -> list[Span]:
-    """The schedule with the mean times of a recorded step's own ops."""
+def simulated_from(run: RunConfig, way: Way, spans: Sequence[Span]) -> list[Span]:
+    """The schedule with the mean times of a recorded step's own ops, on two lanes or in a row as the way has them."""
     schedule, plans = scheduled(run)
-    return timeline.predict(schedule, {stage: plans[stage.index] for stage in schedule.rank_of}, spans)
+    if way.overlapped:
+        return timeline.predict(schedule, {stage: plans[stage.index] for stage in schedule.rank_of}, spans)
+    return simulate(schedule, in_a_row(schedule, plans, timeline.mean_seconds(spans)))
 
 
 def errors(predicted: Prediction, row: Mapping[str, Any]) -> dict[str, float]:

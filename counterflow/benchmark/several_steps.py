@@ -161,12 +161,14 @@ class Steps:
 def step_speed(
     mesh: Mesh, run: RunConfig, name: str, ways: Sequence[Way], warmups: int, count: int, rows: Path
 ) -> None:
-    """A row for every way, noted by the first rank as `NAME, WAY`, its trace beside the rows. A collective."""
+    """A row for every way, noted by the first rank as `NAME, WAY`, its trace beside the rows; after the first way one
+    step is warm-up enough. A collective."""
     steps = Steps(run, mesh)
     for number, way in enumerate(ways):
         steps.go(way)
         steps.forget_peak()
-        found = [mesh.everyone(steps.timed()) for _ in range(warmups + count)][warmups:]
+        unheeded = 1 if number else warmups
+        found = [mesh.everyone(steps.timed()) for _ in range(unheeded + count)][unheeded:]
         spans, waits = steps.recorded()
         peaks = mesh.everyone(steps.peak())
         if not mesh.first:
