@@ -159,15 +159,15 @@ def _timed(wish: Several, model: str, place: tuple[int, int]) -> list[Part]:
     pipeline, expert = place
     count = wish.microbatches or max(8, 4 * pipeline)
     schedules = [name for name in wish.schedules if pipeline > 1 or name != "dualpipe"]
+    more = [f"data.sequence_length={wish.length}"] if wish.length else []
+    more += [f"train.precision={wish.precision}", f"parallel.dispatch={wish.dispatch[0]}", *wish.words]
     base, words = model, []
     if model == REPORT:
-        base, words = "v3-671b", report_words(pipeline, expert, wish.memory_bytes, count, schedules)
-    size = load_run(base, wish.words).train.micro_batch_size
-    words += [f"data.sequence_length={wish.length}"] if wish.length else []
-    words += [f"train.precision={wish.precision}", f"parallel.dispatch={wish.dispatch[0]}"]
+        base, words = "v3-671b", report_words(*place, wish.memory_bytes, count, schedules, more)
+    size = load_run(base, more).train.micro_batch_size
     found = []
     for schedule in schedules:
-        run = load_run(base, [*words, *laid_out(pipeline, expert, count, size, schedule), *wish.words])
+        run = load_run(base, [*words, *laid_out(pipeline, expert, count, size, schedule), *more])
         name = f"{model}, {schedule}, {layout_name(pipeline, expert)}"
         ways = WAYS if expert > 1 else WAYS[:1]
         given = (run, name, ways, wish.warmups, wish.steps)

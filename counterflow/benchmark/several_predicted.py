@@ -12,10 +12,11 @@ from statistics import median
 from typing import Any
 
 from counterflow.benchmark.several_steps import Way
+from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError
 from counterflow.plan.cost import Costs, predict, update, without_transfers
-from counterflow.plan.hardware import Hardware
+from counterflow.plan.hardware import Hardware, hardware
 from counterflow.plan.job import Layout, job_of
 from counterflow.plan.layout import schedule_of
 from counterflow.plan.memory import memory
@@ -29,6 +30,8 @@ from counterflow.train import timeline
 
 ROOM = 0.8
 """Of a card's memory that a plan may fill: its peaks were up to 7 % too low, and allocators leave gaps."""
+MOST = 256
+"""Experts of the report's layers."""
 FORCED = Routing(limited=False)
 """The planner's nearest to experts forced even: uniform over all of them, without the limit of groups."""
 
@@ -145,28 +148,34 @@ def errors(predicted: Prediction, row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def report_words(
-    pipeline: int, expert: int, bytes_: float, microbatches: int, schedules: Sequence[str]
+    pipeline: int,
+    expert: int,
+    bytes_: float,
+    microbatches: int,
+    schedules: Sequence[str],
+    more: Sequence[str] = (),
 ) -> list[str]:
-    """What makes of `v3-671b` a model whose layers are the report's and that fits so many GPUs of `bytes_` each under
-    every one of the schedules: two layers for each pipeline rank and as many experts as fit, then more layers.
+    """What makes of `v3-671b`, with `more` said of it, a model whose layers are the report's and that fits so many GPUs
+    of `bytes_` each under every one of the schedules: two layers for each pipeline rank and as many experts as fit,
+    then more layers.
 
     Fails: ConfigError where not even the fewest experts fit.
     """
-    from counterflow.config.load import load_run
-    from counterflow.plan.hardware import hardware
+
+    def fits(words: Sequence[str]) -> bool:
+        size = load_run("v3-671b", more).train.micro_batch_size
+        for schedule in schedules:
+            layout = laid_out(pipeline, expert, microbatches, size, schedule)
+            if not _fits(load_run("v3-671b", [*words, *layout, *more]), bytes_):
+                return False
+        return True
 
     best: list[str] = []
     for layers in range(2 * pipeline, 8 * pipeline + 1, 2 * pipeline):
-        for experts in range(256, 15, -16):
-            words = _cut(layers, experts)
-            runs = [
-                load_run("v3-671b", [*words, *laid_out(pipeline, expert, microbatches, 1, name)])
-                for name in schedules
-            ]
-            if experts % expert == 0 and all(_fits(run, hardware("h200"), bytes_) for run in runs):
-                best = words
-                break
-        if f"model.num_routed_experts={256}" not in best:
+        sizes = (experts for experts in range(MOST, 15, -16) if experts % expert == 0)
+        found = next((experts for experts in sizes if fits(_cut(layers, experts))), 0)
+        best = _cut(layers, found) if found == MOST or (found and not best) else best
+        if found < MOST:
             break
     if not best:
         raise ConfigError(
@@ -200,9 +209,10 @@ def laid_out(pipeline: int, expert: int, microbatches: int, size: int, schedule:
     ]
 
 
-def _fits(run: RunConfig, machine: Hardware, bytes_: float) -> bool:
+def _fits(run: RunConfig, bytes_: float) -> bool:
     schedule, plans = scheduled(run)
     backend = "nvlink" if run.parallel.expert > 1 else "local"  # its standing buffers are the largest
     return (
-        max(peak.total for peak in memory(costs_of(run, machine), schedule, plans, backend)) < ROOM * bytes_
+        max(peak.total for peak in memory(costs_of(run, hardware("h200")), schedule, plans, backend))
+        < ROOM * bytes_
     )
