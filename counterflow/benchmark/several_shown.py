@@ -29,7 +29,7 @@ STEPS = (
     "predicted",
     "waits for the pipeline, s",
     "memory, GB, by rank",
-    "predicted",
+    "predicted, by pipeline rank",
 )
 WORDS = """\
 *step*: the slowest rank's, optimizer included, the median. *pipeline*: forward and backward of all micro-batches in one
