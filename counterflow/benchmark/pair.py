@@ -179,10 +179,18 @@ def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
         model = Transformer(config)
     if mesh.size > 1:
         keep_experts(model, mesh.expert_rank, mesh.size)
+    draw_on(model, mesh.device, torch.bfloat16)
+    return with_accumulators(model)
+
+
+def draw_on(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a model, of which nothing counts yet, random weights in `dtype`, drawn where they stay: for models whose
+    start `initialise`, on the CPU, would take minutes over."""
+    model.to_empty(device="meta")
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.to_empty(device=mesh.device)
-    model.rope = rope_table(config, config.max_positions).to(mesh.device)
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    model.rope = rope_table(model.config, model.config.max_positions).to(device)
     for buffer in model.buffers():
         if buffer is not model.rope:
             buffer.zero_()
@@ -192,8 +200,7 @@ def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
             if value.dim() == 1:
                 value.fill_(1.0)
             else:
-                value.normal_(0.0, config.initializer_std)
-    return with_accumulators(model)
+                value.normal_(0.0, model.config.initializer_std)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ and says nothing of their speed.
 
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,13 +18,38 @@ from counterflow.comm.mesh import Mesh
 from counterflow.config.run import Parallel
 from counterflow.train.launch import joined
 
+TURN_S = 0.5
 NO_LINK = "All ranks share one GPU and take turns on it: no time here is that of a link."
 
 
 def on_processes(play: Callable[..., object], parallel: Parallel, device: str, *given: Any) -> None:
     """`play(mesh, *given)` on each of a layout's processes; `play` is a module's function. On a CPU they share its
     cores."""
-    multiprocessing.spawn(_rank, (parallel, free_port(), device, play, given), nprocs=parallel.processes)
+    for _ in begun(play, parallel, device, *given):
+        pass
+
+
+def begun(
+    play: Callable[..., object], parallel: Parallel, device: str, *given: Any, limit_s: float = float("inf")
+) -> Iterator[None]:
+    """The same, and a turn for the caller every half second until all processes have ended.
+
+    Fails: ProcessException where one failed, TimeoutError after `limit_s`; none is left alive, however this ends.
+    """
+    end, ranks = time.monotonic() + limit_s, parallel.processes
+    arguments = (parallel, free_port(), device, play, given)
+    running = multiprocessing.spawn(_rank, arguments, nprocs=ranks, join=False)
+    assert running is not None, "who does not join gets the processes"
+    try:
+        while not running.join(timeout=TURN_S):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{ranks} processes did not end within {limit_s:.0f} s and were killed")
+            yield
+    finally:
+        for process in running.processes:
+            if process is not None and process.is_alive():
+                process.kill()
+                process.join()
 
 
 def free_port() -> int:

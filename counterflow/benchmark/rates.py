@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -34,13 +34,14 @@ from counterflow.benchmark.timing import (
 )
 from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
+from counterflow.config.model import ModelConfig
 from counterflow.config.models import MODELS
 from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.train.trainer import Trainer
 
-__all__ = ["Rates", "RatesSettings", "measure_rates", "rates_toml"]
+__all__ = ["Rates", "RatesSettings", "measure_rates", "measured", "rates_toml", "slowest"]
 LINK_BYTES = 16 << 20
 
 
@@ -71,12 +72,17 @@ def measure_rates(settings: RatesSettings) -> Rates:
     """The machine's rates.   Cost: half a minute, a process for each of `processes`.   Fails: ConfigError."""
     _require(settings)
     if settings.processes == 1:
-        return _measured(Mesh(device=torch.device("cuda" if _on_gpu(settings) else "cpu")), settings)
+        return measured(Mesh(device=torch.device("cuda" if _on_gpu(settings) else "cpu")), settings)
     parallel, device = Parallel(data=settings.processes), "cuda" if _on_gpu(settings) else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         on_processes(_rank, parallel, device, settings, folder)
         files = [Path(folder) / f"{rank}.json" for rank in range(settings.processes)]
-        every = [json.loads(file.read_text()) for file in files]
+        return slowest([Rates(**json.loads(file.read_text())) for file in files])
+
+
+def slowest(rates: Sequence[Rates]) -> Rates:
+    """Of every rate the least, of every time and size the largest."""
+    every = [asdict(one) for one in rates]
     worst = {
         name: max if name.endswith(("_s", "_bytes")) and "per_s" not in name else min for name in every[0]
     }
@@ -144,12 +150,14 @@ def _base(settings: RatesSettings) -> str:
 
 
 def _rank(mesh: Mesh, settings: RatesSettings, folder: str) -> None:
-    (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(asdict(_measured(mesh, settings))))
+    (Path(folder) / f"{mesh.rank}.json").write_text(json.dumps(asdict(measured(mesh, settings))))
 
 
-def _measured(mesh: Mesh, settings: RatesSettings) -> Rates:
+def measured(mesh: Mesh, settings: RatesSettings, shapes: ModelConfig | None = None) -> Rates:
+    """One process's rates, at the shapes of the settings' model or of another. A collective."""
     keep_freed_memory()
-    bench = Bench(settings, mesh.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    bench = Bench(settings, mesh.device, dtype, shapes or MODELS[settings.model])
     copied, into = bench.draw(1 << 26), bench.draw(1 << 26)  # beyond every cache
     copy = 2 * copied.nbytes / bench.seconds(lambda: lambda: into.copy_(copied))
     del copied, into

@@ -14,9 +14,9 @@ class RandomTokens:
     def __init__(self, run: RunConfig) -> None:
         self.length, self.vocab = run.data.sequence_length, run.model.vocab_size
 
-    def train(self, first: int, count: int) -> torch.Tensor:
+    def train(self, index: int, count: int) -> torch.Tensor:
         """(count, length + 1)."""
-        generator = torch.Generator().manual_seed(first)
+        generator = torch.Generator().manual_seed(index)
         return torch.randint(self.vocab, (count, self.length + 1), generator=generator)
 
 

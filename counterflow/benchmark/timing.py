@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from counterflow.config.model import ModelConfig
-from counterflow.config.models import MODELS
 from counterflow.kernels.attention import attention
 from counterflow.kernels.grouped import grouped_matmul
 from counterflow.kernels.norm import rms_norm
@@ -53,11 +52,8 @@ class Bench:
     settings: RatesSettings
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def model(self) -> ModelConfig:
-        """Whose shapes."""
-        return MODELS[self.settings.model]
+    model: ModelConfig
+    """Whose shapes."""
 
     @property
     def tokens(self) -> int:

@@ -9,6 +9,7 @@ What a pass needs besides the hidden states comes as a `Context`, an argument: n
 ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,6 +62,10 @@ class Flow:
     """Tokens given to each expert."""
 
 
+Choose = Callable[[Tensor, Tensor, ModelConfig], Tensor]
+"""Experts of tokens, (T, K), from their scores, (T, E), and the bias."""
+
+
 class Router(nn.Module):
     """Expert scores, the choice, the balance loss. The bias is a buffer that `balance.step_bias` moves."""
 
@@ -71,13 +76,15 @@ class Router(nn.Module):
         self.config = config
         self.score = Linear(config.hidden_size, config.num_routed_experts, fp32=True)
         self.register_buffer("bias", torch.zeros(config.num_routed_experts))
+        self.choose: Choose = route.choose
+        """What picks the experts; whoever compares two runs replays the choices of one in the other."""
 
     def forward(
         self, u: Float[Tensor, "T D"], context: Context
     ) -> tuple[Route, Float[Tensor, ""], Int[Tensor, "E"]]:
         """Route, scaled balance loss and counts of the tokens."""
         scores = route.affinities(self.score(u, context.ledger))
-        ids = route.choose(scores, self.bias, self.config)
+        ids = self.choose(scores, self.bias, self.config)
         gates = route.gates(scores, ids, self.config.routed_scaling_factor)
         return Route(ids, gates), self._loss(scores, ids, context), route.loads(ids, scores.shape[-1])
 

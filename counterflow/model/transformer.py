@@ -162,8 +162,8 @@ class Transformer(nn.Module):
         return module(*inputs)
 
 
-def named_routers(model: Transformer) -> Iterator[tuple[int, str, Tensor]]:
-    """(row in `Losses.counts`, layer's name, bias) of every MoE layer here; a pipeline's rank lacks some."""
+def moe_layers(model: Transformer) -> Iterator[tuple[int, str, Layer]]:
+    """(index, name, layer) of every MoE layer here, MTP's behind the model's; a pipeline's rank lacks some."""
     named: list[tuple[int, str, nn.Module]] = [
         (index, f"layers.{index}", layer) for index, layer in enumerate(model.layers)
     ]
@@ -172,7 +172,13 @@ def named_routers(model: Transformer) -> Iterator[tuple[int, str, Tensor]]:
             named.append((len(model.layers) + index, f"mtp.{index}", module.layer))
     for index, name, layer in named:
         if isinstance(layer, Layer) and layer.is_moe:
-            yield index - model.config.num_dense_layers, name, layer.router.bias
+            yield index, name, layer
+
+
+def named_routers(model: Transformer) -> Iterator[tuple[int, str, Tensor]]:
+    """(row in `Losses.counts`, layer's name, bias) of every MoE layer here."""
+    for index, name, layer in moe_layers(model):
+        yield index - model.config.num_dense_layers, name, layer.router.bias
 
 
 def head_loss(

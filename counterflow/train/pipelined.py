@@ -6,6 +6,7 @@ embedding and head by every rank that uses them, all of them with every data ind
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,15 @@ from counterflow.schedule import forward_only
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.words import Part, Plan, Product, Schedule, StageId
 from counterflow.train.spread import holders_of
+
+
+@runtime_checkable
+class StepSamples(Protocol):
+    """What a step asks of samples: a run's text, or what a benchmark draws."""
+
+    def train(self, index: int, count: int) -> Tensor:
+        """The samples from the global `index` on, (count, length + 1)."""
+        ...
 
 
 class Pipelined:
@@ -66,7 +76,7 @@ class Pipelined:
         return holders_of(self.mesh, holders)
 
     def step(
-        self, samples: Samples, start: int, batch: int, mtp_weight: float, record: Recorder | None = None
+        self, samples: StepSamples, start: int, batch: int, mtp_weight: float, record: Recorder | None = None
     ) -> Sums:
         """Accumulate the gradients of the `batch` global samples from `start` on."""
         micro, length = self.run.train.micro_batch_size, self.run.data.sequence_length
