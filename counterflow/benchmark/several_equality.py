@@ -44,9 +44,9 @@ class FixedSamples:
         shape = (run.train.batch_size, run.data.sequence_length + 1)
         self.all = torch.randint(run.model.vocab_size, shape, generator=generator)
 
-    def train(self, first: int, count: int) -> Tensor:
+    def train(self, index: int, count: int) -> Tensor:
         """(count, length + 1)."""
-        return self.all[first : first + count]
+        return self.all[index : index + count]
 
 
 @dataclass
