@@ -200,7 +200,7 @@ def most_in_use(act: Callable[[], object]) -> int:
 
     def watch() -> None:
         nonlocal most
-        while not over.wait(2e-4):
+        while not over.wait(1e-3):
             most = max(most, resident_bytes() - free_heap_bytes())
 
     watching = threading.Thread(target=watch)
