@@ -271,7 +271,13 @@ def test_the_key_the_limits_and_a_graceful_stop(tokenizer):
 
 def test_a_failed_engine_says_so_to_everybody_and_the_server_ends(tokenizer, monkeypatch):
     with running(tokenizer) as server, ThreadPoolExecutor(4) as pool:
-        monkeypatch.setattr(server.service.engine, "run", lambda works: sleep(0.5) or 1 / 0)
+
+        def fails(works):
+            while server.service.worker.under_way < 4:  # all are heard, however busy the machine is
+                sleep(0.01)
+            return 1 / 0
+
+        monkeypatch.setattr(server.service.engine, "run", fails)
         asked = {"model": "toy", "prompt": "a"}
         for status, body in pool.map(lambda _: server.ask("/v1/completions", asked), range(4)):
             assert status == 503 and "division by zero" in json.loads(body)["error"]["message"]
