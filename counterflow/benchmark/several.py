@@ -34,6 +34,8 @@ from counterflow.train.provenance import provenance
 from counterflow.train.timeline import caption
 
 NOTHING = "no step came by the backend that was asked for, before"
+CPU_SLACK = 10.0
+"""Times a part's limit, which is a GPU's: a few cores that others use too need it."""
 GRACE_S = 15.0
 """For processes to end, once they have said all."""
 LEAST_S = 15.0
@@ -118,7 +120,8 @@ class Run:
             self.record.say(f"{part.name} ... ({left:.0f} s left)")
             try:
                 self._predict(part)
-                self._play(part, file, min(left, part.limit_s))
+                slack = CPU_SLACK if self.wish.device == "cpu" else 1.0
+                self._play(part, file, min(left, slack * part.limit_s))
             except (TimeoutError, CounterflowError) as error:
                 why = str(error)
             except ProcessException as error:
