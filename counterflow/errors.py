@@ -48,6 +48,10 @@ class RankError(CounterflowError):
     exit_code = 4
 
 
+class PeerLostError(RankError):
+    """Another process is gone with which this one shared its work; an agent that started both says how it ended."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for a misspelt name: "did you mean 'x'?" or the list of what is known."""
     known = sorted(known)

@@ -213,9 +213,11 @@ def most_in_use(act: Callable[[], object]) -> int:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    act()
-    over.set()
-    watching.join()
+    try:
+        act()
+    finally:
+        over.set()
+        watching.join()
     return most
 
 

@@ -97,8 +97,9 @@ def prediction(run: RunConfig, way: Way, machine: Hardware) -> Prediction:
 def _spans(costs: Costs, way: Way, schedule: Schedule, plans: tuple[Plan, ...]) -> list[Span]:
     if way.overlapped:
         return predict(costs, schedule=schedule).spans
-    seconds = in_a_row(schedule, plans, lambda rank, op: costs.seconds(op.kind, op.part, op.layer, False))
-    return simulate(schedule, seconds, costs.send_s)
+    device = in_a_row(schedule, plans, lambda rank, op: costs.seconds(op.kind, op.part, op.layer, False))
+    host = in_a_row(schedule, plans, lambda rank, op: costs.issue_s(op.kind, op.part, op.layer))
+    return simulate(schedule, lambda rank, cell: max(device(rank, cell), host(rank, cell)), costs.send_s)
 
 
 def in_a_row(

@@ -87,7 +87,7 @@ def require_shared_memory(device: torch.device) -> None:
         return
     error = ConfigError(
         "dispatch is nvlink or copy_engine and the device is a CPU; processes share memory on GPUs alone: set "
-        "dispatch to collective."
+        "dispatch to collective, or in training to two_hop."
     )
     error.shared = True
     raise error

@@ -67,8 +67,8 @@ class Passes:
         hidden: Items[list[Row]],
         keep: list[int] | None = None,
     ) -> Passed:
-        """MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent. With `keep` the token
-        that is likeliest behind each extent's last row goes to that place of `drafted`."""
+        """MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent. With `keep` an even
+        pass puts the token that is likeliest behind each extent's last row into that place of `drafted`."""
 
         def act(flat: Tensor, rows: Rows, states: Tensor) -> Tensor:
             return run_module(self.model, depth, states, flat, rows, self.cache)

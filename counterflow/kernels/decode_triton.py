@@ -25,8 +25,9 @@ def decode(
     tile = min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = batch * triton.cdiv(rows, tile)
     longest = blocks.shape[1] * size
-    keys, warps, stages, shared = CHOSEN[tile]
-    places = shared * torch.cuda.get_device_properties(query.device).multi_processor_count
+    device = torch.cuda.get_device_properties(query.device)
+    keys, warps, stages, shared = (CHOSEN if device.major == HOPPER else ELSEWHERE)[tile]
+    places = shared * device.multi_processor_count
     splits = splits_of(programs, longest, places)
     part = torch.empty(batch, splits, rows, latent, device=query.device, dtype=torch.float32)
     lse = torch.empty(batch, splits, rows, device=query.device, dtype=torch.float32)
@@ -48,7 +49,11 @@ def decode(
 
 CHOSEN = {16: (64, 8, 3, 1), 32: (32, 4, 3, 2), 64: (64, 8, 2, 1)}
 """By rows of a tile: keys read at once, warps, stages, programs that share a multiprocessor. Of a sweep on an H200
-(`records/2026-12-01-decode-attention`); at 64 rows the products bind, and Triton's reach a third of the device's."""
+(`records/2026-12-01-decode-attention`); at 64 rows the products bind, and Triton's reach 28 % of the device's."""
+ELSEWHERE = {16: (32, 4, 2, 2), 32: (32, 4, 2, 2), 64: (64, 8, 2, 1)}
+"""The same where a multiprocessor may have less shared memory than a Hopper's: one buffer. Not measured."""
+HOPPER = 9
+"""Compute capability."""
 LEAST_KEYS, MOST_SPLITS = 128, 128
 """Keys of a split, and splits of a sequence."""
 JOINED = 128

@@ -206,6 +206,6 @@ def _actions(cell: Cell, plans: Mapping[StageId, Plan]) -> Iterator[Action]:
         for chunk in [chunk for chunk, behind in handed.items() if behind == op]:
             del handed[chunk]
             yield Do.SEND, chunk, None
-        for chunk in [chunk for chunk in begun if not left[chunk] and chunk not in handed]:
+        for chunk in [chunk for chunk in cell if chunk in begun and not left[chunk] and chunk not in handed]:
             begun.remove(chunk)
             yield Do.END, chunk, None

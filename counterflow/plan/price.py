@@ -78,9 +78,8 @@ def price(
     interval = reliability.interval_s or (
         sqrt(2 * reliability.checkpoint_s * between) if per_day else 86400.0
     )
-    saving = (
-        reliability.checkpoint_s / interval if interval else 0.0
-    )  # what costs nothing is done all the time
+    # What costs nothing is done all the time.
+    saving = reliability.checkpoint_s / interval if interval else 0.0
     overhead = saving + (interval / 2 + reliability.restart_s) / between
     return Price(
         gpu_hours=hours,

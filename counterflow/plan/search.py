@@ -277,6 +277,7 @@ def _busy(stages: list[_Stage], two_way: bool) -> float:
 
 
 def _busy_device(stages: list[_Stage], two_way: bool) -> float:
+    """The same of its device."""
 
     def total(side: str, kinds: tuple[Kind, ...]) -> list[float]:
         return [sum(getattr(stage, side)[kind] for kind in kinds) for stage in stages]

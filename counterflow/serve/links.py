@@ -125,7 +125,10 @@ def _accepted(server: socket.socket, size: int, key: bytes) -> list[Link]:
         connected.settimeout(1.0)
         said = b""
         with suppress(OSError):
-            said = connected.recv(KEY_BYTES + RANK_BYTES, socket.MSG_WAITALL)
+            while len(said) < KEY_BYTES + RANK_BYTES and (
+                more := connected.recv(KEY_BYTES + RANK_BYTES - len(said))
+            ):
+                said += more
         if hmac.compare_digest(said[:KEY_BYTES], key):
             found[int.from_bytes(said[KEY_BYTES:])] = Link(connected)
         else:

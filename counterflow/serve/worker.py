@@ -16,12 +16,13 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from time import perf_counter
 
-from counterflow.errors import RankError, RequestError
+from counterflow.errors import PeerLostError, RequestError
 from counterflow.infer.engine import Engine
 from counterflow.infer.request import Sampling
 from counterflow.serve.desk import Begin, Desk, End, News, Numbers, Report, Written
@@ -137,9 +138,8 @@ class Worker:
         ticket.ranks[asked.key] = rank
         for sample in range(asked.samples):
             self._texts[asked.key, sample] = ticket, number * asked.samples + sample
-        self._open[rank] += (
-            asked.samples
-        )  # before the thread hears of it, or it might think that all have ended
+        # Before the thread hears of it, or it might think that all have ended.
+        self._open[rank] += asked.samples
         self._inbox.put((rank, asked))
 
     def _abort(self, ticket: Ticket) -> None:
@@ -156,12 +156,17 @@ class Worker:
                     link.send(each)
                 report = self._desk.step(news[0])
                 if report is not None:
-                    self._loop.call_soon_threadsafe(self._hand_out, 0, report)
+                    self._tell(self._hand_out, 0, report)
             for link in self._links:
                 link.send(None)
         except Exception as error:
             if not self._links or not self._failed.wait(BLAME_S):
-                self._loop.call_soon_threadsafe(self._fail, error)
+                self._tell(self._fail, error)
+
+    def _tell(self, act: Callable[..., None], *arguments: object) -> None:
+        """Have the event loop act; one that has closed meanwhile has no reader left."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(act, *arguments)
 
     def _news(self) -> list[list[News]] | None:
         """Each rank's, all that is in the inbox, waiting for some if no rank has a text open; None at the end."""
@@ -176,15 +181,15 @@ class Worker:
 
     def _heard(self, rank: int, report: Report | None) -> None:
         if report is not None:
-            self._loop.call_soon_threadsafe(self._hand_out, rank, report)
+            self._tell(self._hand_out, rank, report)
 
     def _lost(self, rank: int) -> None:
         self._failed.set()
-        error = RankError(
+        error = PeerLostError(
             f"rank {rank} is gone, and its part of the experts with it, so the server ends; what that rank said last "
             "tells why. Start the server again."
         )
-        self._loop.call_soon_threadsafe(self._fail, error)
+        self._tell(self._fail, error)
 
     def _hand_out(self, rank: int, report: Report) -> None:
         self.numbers[rank] = report.numbers

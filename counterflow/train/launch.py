@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from counterflow.comm.mesh import Mesh, device_for
 from counterflow.config.run import Parallel, RunConfig
-from counterflow.errors import ConfigError, CounterflowError, RankError
+from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError
 from counterflow.plan.layout import require_layout
 from counterflow.train.loop import resolve, train
 
@@ -84,7 +84,7 @@ def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     with joined(parallel, device) as mesh:
         try:
             return act(mesh)
-        except RankError as error:
+        except PeerLostError as error:
             if "TORCHELASTIC_RUN_ID" not in os.environ:  # an agent says it, and how that rank ended
                 print(f"counterflow: {error}", file=sys.stderr, flush=True)
             return _peer_lost(error)

@@ -150,6 +150,7 @@ def test_transfers_that_nothing_hides_are_predicted_slower():
     machine = hardware("h200")
     on, off = (prediction(run, Way(overlapped, False), machine) for overlapped in (True, False))
     assert 0 < off.all_to_all_s < off.pipeline_s
+    assert off.pipeline_s > 0.9 * on.pipeline_s  # launches bind `small`, and are counted either way
     assert off.idle_s > on.idle_s  # a cell whose ops follow each other leaves the next rank waiting longer
 
 

@@ -98,3 +98,26 @@ def test_a_part_of_the_experts_is_all_that_is_read(place, monkeypatch):
 def test_experts_that_cannot_be_shared_are_refused(place):
     with pytest.raises(ConfigError, match="16 experts and 3 ranks"):
         load_folder(place / "out", part=(0, 3))
+
+
+def test_what_a_rank_finds_wrong_is_not_taken_for_the_end_of_another():
+    """Also where an agent watches, which says of ranks that died how they ended, and nothing of what they found."""
+    code = """
+from counterflow import errors
+from counterflow.train.launch import on_ranks
+def act(mesh):
+    raise errors.RankError("rank 1 does not answer")
+on_ranks(1, "cpu", [], act)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    there = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "one"}
+    there |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | ENVIRONMENT | there,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "RankError: rank 1 does not answer" in done.stderr and done.returncode == 1

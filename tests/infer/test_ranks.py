@@ -134,9 +134,9 @@ def test_no_pass_runs_over_more_rows_than_backends_make_room_for(modules, monkey
     engine, dice, seen = Engine(trained_model(), settings), random.Random(0), []
     run = engine.runner.passes._run
 
-    def spied(name, act, extents, tokens, hidden):
+    def spied(name, act, extents, tokens, *rest):
         seen.append(sum(map(len, tokens)))
-        return run(name, act, extents, tokens, hidden)
+        return run(name, act, extents, tokens, *rest)
 
     monkeypatch.setattr(engine.runner.passes, "_run", spied)
     monkeypatch.setattr(engine.depth, "choose", lambda writing: dice.choice((0, 0, 0, 0, 3)))
