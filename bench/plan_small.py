@@ -44,7 +44,7 @@ SCHEDULES = ("dualpipev", "zb1p", "1f1b")
 def trained(run: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
     """Seconds of the steps after the first three, the most bytes that were allocated, and where a step's time goes."""
     mesh = Mesh(device=device)
-    trainer = Trainer(run, RandomTokens(run), mesh)  # pyright: ignore[reportArgumentType]
+    trainer = Trainer(run, RandomTokens(run), mesh)
     pipelined = Pipelined(run, mesh)
     pipelined.model = trainer.model  # one rank holds the whole
     trainer.pipeline = pipelined

@@ -30,7 +30,7 @@ def main() -> None:
     words = ["train.precision=bf16", "train.batch_size=64", "train.batch_start=0", "train.micro_batch_size=8"]
     run = load_run(asked.model, [*words, "train.ema_decay=0", *asked.settings])
     mesh = Mesh(device=torch.device("cuda"))
-    trainer = Trainer(run, RandomTokens(run), mesh)  # pyright: ignore[reportArgumentType]
+    trainer = Trainer(run, RandomTokens(run), mesh)
     seconds = seconds_of_steps(trainer, WARMUPS, asked.steps)
     tokens, memory = run.train.batch_size * run.data.sequence_length, torch.cuda.max_memory_allocated()
     print(

@@ -173,7 +173,7 @@ def train_once(mesh: Mesh, precision: str) -> None:
     words += [f"data.sequence_length={FEW}", "train.micro_batch_size=1", "train.batch_start=0"]
     run = load_run("tiny", [*words, f"train.batch_size={mesh.data}"])
     run = replace(run, model=NARROW)
-    Trainer(run, RandomTokens(run), mesh).step()  # pyright: ignore[reportArgumentType]
+    Trainer(run, RandomTokens(run), mesh).step()
 
 
 class _MallInfo(ctypes.Structure):

@@ -29,7 +29,7 @@ from counterflow.train.ema import Ema
 from counterflow.train.lr import Grain
 from counterflow.train.optim import Optimizer
 from counterflow.train.piece import Piece
-from counterflow.train.pipelined import Pipelined
+from counterflow.train.pipelined import Pipelined, StepSamples
 from counterflow.train.spread import holders_of, open_dispatcher, whole_model
 
 
@@ -47,8 +47,10 @@ class Totals:
 class Trainer:
     """A model, its optimizer and its place in the data; `step` advances it by one global batch."""
 
-    def __init__(self, run: RunConfig, samples: Samples, mesh: Mesh) -> None:
-        self.run, self.samples, self.mesh, self.device = run, samples, mesh, mesh.device
+    def __init__(self, run: RunConfig, samples: Samples | StepSamples, mesh: Mesh) -> None:
+        self.run, self.mesh, self.device = run, mesh, mesh.device
+        # What a benchmark draws has no held-out part, and none is asked for.
+        self.samples: Samples = samples  # pyright: ignore[reportAttributeAccessIssue]
         carve(run.parallel.multiprocessors, self.device)
         self.pipeline = Pipelined(run, mesh) if mesh.pipeline > 1 else None
         self.model = self.pipeline.model if self.pipeline else whole_model(run, mesh)
