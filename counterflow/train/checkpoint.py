@@ -8,11 +8,8 @@ overwriting in place, or one `latest` file that points somewhere: both have a mo
 """
 
 import errno
-import json
-import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,11 +22,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from counterflow.comm.mesh import Mesh
 from counterflow.errors import CheckpointError
+from counterflow.train import manifest
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
 WRITING, REMOVING = ".writing", ".removing"
-MANIFEST = "manifest.json"
-CHUNK = 1 << 22
 ANOTHER_MODEL = "it is of another model or other settings: resume with the configuration in its run.toml."
 CAUSES = {
     errno.ENOSPC: "no space is left there: free some, or lower keep.checkpoints",
@@ -51,12 +47,11 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """Where a step's checkpoint is."""
-        return self.folder / f"step-{step:08d}"
+        return manifest.path_of(self.folder, step)
 
     def steps(self) -> list[int]:
         """The steps that have one, in order."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit() and path.is_dir())
+        return manifest.steps_of(self.folder)
 
     def save(self, step: int, pieces: Mapping[str, Piece | Tensor], state: Mapping[str, Any]) -> Path:
         """Write every rank's pieces (a tensor is one, whole) and a JSON-able state.
@@ -77,11 +72,11 @@ class Checkpoints:
                 dcp.save(_pieces(pieces), checkpoint_id=str(writing), planner=SavePieces(), no_dist=alone)
 
         def finish() -> None:
-            _write_manifest(writing, state)
+            manifest.write(writing, state)
             if final.exists():
                 _remove(final)
             writing.rename(final)
-            _flush(self.folder)
+            manifest.flush(self.folder)
             self._tidy(step)
 
         self.mesh.first_does(lambda: self._guarded(prepare, final))
@@ -109,50 +104,11 @@ class Checkpoints:
 
     def state(self, step: int) -> dict[str, Any]:
         """The state saved with a checkpoint.   Fails: CheckpointError if its manifest cannot be read."""
-        return self._manifest(step)["state"]
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        path = self.path(step) / MANIFEST
-        try:
-            manifest = json.loads(path.read_text())
-            whole = manifest["crc32"] == _manifest_crc(manifest["files"], manifest["state"])
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}); {self._instead(step)}"
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            whole, manifest = False, {}
-        if not whole:
-            raise CheckpointError(f"{path} is corrupt: it is not as it was written; {self._instead(step)}")
-        return manifest
+        return manifest.state_of(self.path(step))
 
     def verify(self, step: int) -> None:
-        """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs.
-
-        Cost: one read of the checkpoint.
-        """
-        for name, expected in self._manifest(step)["files"].items():
-            path = self.path(step) / name
-            size = path.stat().st_size if path.is_file() else -1
-            if size != expected["bytes"]:
-                torn = f"truncated: it has {size} bytes, not {expected['bytes']}"
-                raise CheckpointError(f"{path} is {'missing' if size < 0 else torn}; {self._instead(step)}")
-            try:
-                crc = _crc(path)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path} cannot be read ({error.strerror}); {self._instead(step)}"
-                ) from None
-            if crc != expected["crc32"]:
-                raise CheckpointError(
-                    f"{path} is corrupt: its CRC is not the manifest's; {self._instead(step)}"
-                )
-
-    def _instead(self, step: int) -> str:
-        others = [other for other in self.steps() if other != step]
-        if others:
-            return f"delete {self.path(step)} to go on from step {others[-1]}."
-        return f"there is no other checkpoint in {self.folder}: delete it to start anew."
+        """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs."""
+        manifest.verify(self.path(step))
 
     def load(self, step: int, pieces: Mapping[str, Piece | Tensor], some: bool = False) -> None:
         """Fill the pieces in place; with `some`, the checkpoint may hold more than are asked for.
@@ -191,46 +147,12 @@ def _pieces(given: Mapping[str, Piece | Tensor]) -> dict[str, Piece]:
     return {name: value if isinstance(value, Piece) else Piece.whole(value) for name, value in given.items()}
 
 
-def _write_manifest(folder: Path, state: Mapping[str, Any]) -> None:
-    """The manifest of all files there, everything flushed to disk, the folder last."""
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc(path)}
-        _flush(path)
-    manifest = folder / MANIFEST
-    crc = _manifest_crc(files, state)
-    manifest.write_text(json.dumps({"crc32": crc, "files": files, "state": dict(state)}, indent=1))
-    _flush(manifest)
-    _flush(folder)
-
-
-def _manifest_crc(files: Mapping[str, Any], state: Mapping[str, Any]) -> int:
-    """Of what it says, not of its text; the same before writing and after reading."""
-    return zlib.crc32(json.dumps([files, dict(state)]).encode())
-
-
 def _remove(path: Path) -> None:
     """Take the name away in one act, then the files, so that a kill in between leaves no half `step-…`."""
     nameless = path.with_name(path.name + REMOVING)
     shutil.rmtree(nameless, ignore_errors=True)
     path.rename(nameless)
     shutil.rmtree(nameless, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:

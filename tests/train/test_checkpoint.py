@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from counterflow.errors import CheckpointError
-from counterflow.train.checkpoint import MANIFEST, WRITING, Checkpoints, _os_error
+from counterflow.train.checkpoint import WRITING, Checkpoints, _os_error
+from counterflow.train.manifest import MANIFEST
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
