@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
     from counterflow.infer.engine import Engine
 
-SAMPLE_PROMPT = "def "
+SAMPLE_PROMPT = "def __init__(self"
 SAMPLE_TOKENS = 120
 
 
@@ -116,7 +116,7 @@ def print_sample(folder: str) -> None:
     """What a finished run writes, kept beside it and shown in its report."""
     from counterflow.train.report import write_report
 
-    print(f"\nA sample after '{SAMPLE_PROMPT.strip()}':\n")
+    print(f"\nA sample after '{SAMPLE_PROMPT}':\n")
     text = generate(Generate(run=folder, prompt=SAMPLE_PROMPT, max_tokens=SAMPLE_TOKENS, seed=0))
     (Path(folder) / "sample.txt").write_text(text, encoding="utf-8")
     print(f"\nThe run's page: {write_report(Path(folder))}")

@@ -24,6 +24,7 @@ import torch
 from counterflow.comm.mesh import Mesh, device_for
 from counterflow.config.load import settings, to_toml
 from counterflow.config.run import RunConfig
+from counterflow.data.corpus import STDLIB
 from counterflow.data.loader import Samples
 from counterflow.errors import CheckpointError, ConfigError, CounterflowError
 from counterflow.kernels.memory import keep_freed_memory
@@ -49,6 +50,10 @@ RECORD_STEP = 3
 """The step whose ops are timed: after the first two, which pay for warming up."""
 GIVEN = ("master.", "bias.")
 """What a run takes from its step 0, where it has one."""
+OTHER_TEXT = "a source or the tokenizer"
+OTHER_STDLIB = (
+    f"the Python version, or what '{STDLIB}' is (its tables, such as encodings, are no longer in it),"
+)
 LN2 = 0.6931471805599453
 
 
@@ -204,9 +209,11 @@ def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Sampl
         return 0.0
     state = trainer.mesh.first_does(lambda: checkpoints.state(step))
     if state["fingerprint"] != samples.fingerprint:
+        stdlib = any(source.path == STDLIB for source in trainer.run.data.sources)
         raise CheckpointError(
-            f"{checkpoints.path(step)} was trained on other text: a source, the tokenizer or the Python version has "
-            "changed. Bring the old text back, or start anew with keep.resume=never."
+            f"{checkpoints.path(step)} was trained on other text: {OTHER_STDLIB if stdlib else OTHER_TEXT} has "
+            "changed. Bring the old text back, start anew with keep.resume=never, or start from these weights in "
+            f"another folder with name=... --from {checkpoints.folder.parent}."
         )
     checkpoints.load(step, trainer.pieces())
     trainer.loaded(state["sample"], step)
