@@ -7,6 +7,7 @@ what the torch-free floors really pull in.
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_a_sideways_a_lazy_and_a_foreign_import_are_found(tmp_path: Path, monkey
         "def f():\n    from counterflow.comm import local\n    import tyro\n    import counterflow.config\n"
     )
     assert [line.split(": ")[0].rpartition(":")[2] for line in violations("data", path)] == ["2", "3"]
+
+
+def test_shapes_are_enforced_wherever_a_signature_has_them() -> None:
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    enforced = settings["addopts"].split("--jaxtyping-packages=")[1].split(",")[:-1]
+    shaped = {
+        room for room, path in files() if any(name.startswith("jaxtyping.") for name, _ in imports(path))
+    }
+    assert set(enforced) == {f"counterflow.{room}" for room in shaped}
 
 
 def test_torch_free_floors_start_without_torch() -> None:
