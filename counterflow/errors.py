@@ -4,8 +4,11 @@ Our own mistakes are asserts with a message; these classes are for what came fro
 a full disk. The command line prints them as one line and exits with `exit_code`.
 """
 
+import re
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, requires
 
 
 class CounterflowError(Exception):
@@ -50,6 +53,17 @@ class RankError(CounterflowError):
 
 class PeerLostError(RankError):
     """Another process is gone with which this one shared its work; an agent that started both says how it ended."""
+
+
+def installing(extra: str) -> str:
+    """The command that brings the packages of an extra, by their own names, which any index knows."""
+    try:
+        named = requires("counterflow") or []
+    except PackageNotFoundError:
+        named = []
+    needed = [one.partition(";")[0].strip() for one in named if re.search(rf"extra == .{extra}.", one)]
+    packages = " ".join(f"'{one}'" for one in needed) or f"'.[{extra}]'"
+    return f"{sys.executable} -m pip install {packages}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

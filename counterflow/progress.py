@@ -1,16 +1,150 @@
-"""A bar on the terminal for work that takes longer than a breath; nothing where nobody watches."""
+"""How far a piece of work is and how long the rest takes: one line that fits a terminal, lines at intervals elsewhere.
+
+The line is a bar, what has been done and the time left; where it is too narrow the later facts go first, the time left
+stays, and so does room for the `^C` that a terminal writes behind it. Not taken: rich's own columns, which cut the time
+left at 80 columns, and one bar each for tokenising, training and the rest, which looked and counted differently.
+"""
 
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import TextIOBase
 from typing import TypeVar
 
+from counterflow.units import seconds
+
 Item = TypeVar("Item")
+FIRST_AFTER_S, EVERY_S = 5.0, 10.0
+"""Where nobody watches, the first line comes after so many seconds, the others every so many."""
+BAR, LEAST_BAR, MARGIN = 30, 8, 4
+"""Columns of a bar, at most and at least, and those left free at the end of the line."""
 
 
-def watched(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
-    """The items, with a bar on stderr that says how many are done and how long the rest takes."""
-    from rich.console import Console
-    from rich.progress import track
+@dataclass
+class Work:
+    """What is done of something, in any unit, since when, and what there is to say of it, the most important first."""
 
-    console = Console(file=sys.stderr)
-    return iter(track(items, what, total, console=console, transient=True, disable=not console.is_terminal))
+    what: str
+    total: float | None
+    done: float
+    facts: tuple[str, ...] = ()
+    start: float = field(default_factory=lambda: time.monotonic())
+
+    def __post_init__(self) -> None:
+        self._first, self._changed = self.done, self.start
+
+    def update(self, done: float, facts: tuple[str, ...]) -> None:
+        """So much is done."""
+        self.done, self.facts, self._changed = done, facts, time.monotonic()
+
+    def time(self) -> str:
+        """How long the rest takes, by what was done so far; without a total or a beginning, how long it took."""
+        now, done = time.monotonic(), self.done - self._first
+        if not self.total or done <= 0:
+            return seconds(now - self.start)
+        rest = (self._changed - self.start) / done * (self.total - self.done)
+        return f"{seconds(max(0.0, rest - (now - self._changed)))} left"
+
+    def line(self, width: int, bar: bool) -> str:
+        """What there is to say in so many columns."""
+        parts = [self.what, *self.facts, self.time()]
+        least = (LEAST_BAR + 2) if bar and self.total else 0
+        while len(parts) > 2 and len("  ".join(parts)) + least > width:
+            del parts[-2]
+        rest = width - len("  ".join(parts)) - 2
+        if least and rest >= LEAST_BAR:
+            parts.insert(1, self._bar(min(BAR, rest)))
+        return "  ".join(part for part in parts if part)[:width]
+
+    def _bar(self, columns: int) -> str:
+        filled = round(columns * min(1.0, self.done / (self.total or 1.0)))
+        return "━" * filled + "╌" * (columns - filled)
+
+
+class Progress:
+    """A piece of work, `what`, of `total` (None: nobody knows), of which `done` is done when it begins.
+
+    On a terminal the line goes away with the work, unless it `stays`; elsewhere nothing is said of what is over before
+    the first line is due, unless it `stays`.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: float | None = None,
+        done: float = 0.0,
+        shown: bool = True,
+        stays: bool = False,
+        file: TextIOBase | None = None,
+    ) -> None:
+        self._work, self._stays, self._shown = [Work(what, total, done)], stays, shown
+        self._file, self._live = file or sys.stderr, None
+        self._due = time.monotonic() + FIRST_AFTER_S
+
+    def __enter__(self) -> "Progress":
+        if self._shown and self._file.isatty():
+            from rich.console import Console
+            from rich.live import Live
+            from rich.text import Text
+
+            console = Console(file=self._file)
+
+            def drawn() -> Text:
+                line = self._work[-1].line(console.width - MARGIN, bar=True)
+                return Text(line, no_wrap=True, overflow="crop")
+
+            self._live = Live(get_renderable=drawn, console=console, transient=not self._stays)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, done: float, *facts: str) -> None:
+        """So much is done, and what there is to say of it, the most important first."""
+        work = self._work[-1]
+        work.update(done, facts)
+        last = self._stays and len(self._work) == 1 and work.total is not None and done >= work.total
+        if self._shown and self._live is None and (time.monotonic() >= self._due or last):
+            self._due = time.monotonic() + EVERY_S
+            print(work.line(1000, bar=False), file=self._file, flush=True)
+
+    def advance(self, by: float, *facts: str) -> None:
+        """So much more is done."""
+        self.update(self._work[-1].done + by, *facts)
+
+    @contextmanager
+    def part(self, what: str, total: float | None = None) -> Iterator[None]:
+        """Something else for a while, shown in place of the whole."""
+        self._work.append(Work(what, total, 0.0))
+        try:
+            yield
+        finally:
+            self._work.pop()
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._shown:
+            print(text, file=self._file, flush=True)
+
+
+def watched(
+    items: Iterable[Item], what: str, total: float | None = None, unit: str = "", shown: bool = True
+) -> Iterator[Item]:
+    """The items, with a line on stderr that says how many of how many `unit` are done and how long the rest takes."""
+    with Progress(what, total, shown=shown) as progress:
+        for count, item in enumerate(items, start=1):
+            yield item
+            progress.update(count, f"{count}{f'/{total:g}' if total else ''} {unit}".rstrip())
+
+
+def sized(size: float, total: float, show: Callable[[float], str]) -> str:
+    """'1.2 of 6.0 MiB': so much of a total, the unit written once where it is the same."""
+    some, whole = show(size), show(total)
+    number, _, unit = some.rpartition(" ")
+    return f"{number if unit and whole.endswith(f' {unit}') else some} of {whole}"

@@ -15,9 +15,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "counterflow"
 FLOORS = {
-    "errors": -1,
-    "units": -1,
+    "errors": -2,
+    "units": -2,
     "progress": -1,
+    "interrupt": -1,
     "config": 0,
     "schedule": 0,
     "kernels": 1,
@@ -37,7 +38,7 @@ FLOORS = {
 }
 ALONE = {"tyro": "cli", "fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve"}
 """Libraries that one room alone imports."""
-STANDARD_ONLY = ("errors", "units", "config", "schedule")
+STANDARD_ONLY = ("errors", "units", "interrupt", "config", "schedule")
 TORCH_FREE = (*STANDARD_ONLY, "plan")
 
 pytestmark = pytest.mark.pure

@@ -18,6 +18,7 @@ from counterflow.comm.mesh import Mesh
 from counterflow.config.load import load_run
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.data.loader import Samples
+from counterflow.progress import Progress
 from counterflow.train.loop import evaluate, resolve
 from counterflow.train.trainer import Trainer
 
@@ -83,7 +84,7 @@ def measure(run: RunConfig) -> dict[str, Any]:
         for layer in tail[0]["load"]
     }
     return {
-        **evaluate(trainer, None),
+        **evaluate(trainer, None, Progress("", shown=False)),
         "max_vio": statistics.mean(step["max_vio"] for step in tail),
         "max_vio_worst": statistics.mean(step["max_vio_worst"] for step in tail),
         "dead_experts": sum(count == 0 for layer in summed.values() for count in layer),

@@ -24,7 +24,7 @@ from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.infer.request import Sampling
 from counterflow.infer.statistics import Statistics
 from counterflow.model.transformer import Transformer
-from counterflow.train.restore import run_config
+from counterflow.train.folder import run_config
 
 NGRAM = 8
 

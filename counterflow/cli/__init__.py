@@ -11,6 +11,7 @@ from importlib import import_module
 from keyword import iskeyword
 
 from counterflow.errors import ConfigError, CounterflowError, nearest
+from counterflow.interrupt import INTERRUPTED, ends_at_once, say_interrupted
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
@@ -43,14 +44,19 @@ STORAGE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 2 a user's error, 3 not finite, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    with ends_at_once():
+        return _answered(words)
+
+
+def _answered(words: list[str]) -> int:
     try:
         return _call(words)
     except CounterflowError as error:
         print(f"counterflow: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("counterflow: interrupted.", file=sys.stderr)
-        return 130
+        say_interrupted()
+        return INTERRUPTED
     except BrokenPipeError:
         return 128 + 13  # what a shell reports of SIGPIPE
     except (MemoryError, RuntimeError) as error:
@@ -83,7 +89,7 @@ def _call(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if words[0] in ("-V", "--version"):
+    if words[0] in ("-v", "-V", "--version"):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
@@ -95,7 +101,9 @@ def _call(words: list[str]) -> int:
         return 0
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
-        raise ConfigError(f"'{verb}' is no verb; {nearest(verb, VERBS)} `counterflow --help` lists them.")
+        raise ConfigError(
+            f"unknown command '{verb}'; {nearest(verb, VERBS)} `counterflow --help` lists them all."
+        )
     return import_module(f"counterflow.cli.{verb}{'_' * iskeyword(verb)}").run(rest)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from counterflow.errors import ConfigError, DataError, nearest
+from counterflow.errors import ConfigError, DataError, installing, nearest
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -65,8 +65,6 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
     from counterflow.evaluate.complete import BATCH, Sampling
     from counterflow.evaluate.sandbox import Limits, require_confinement
 
-    if bool(wish.run) == bool(wish.completions):
-        raise ConfigError("name either --run, whose model writes, or --completions.")
     limits = Limits(time_s=wish.time_s, memory_bytes=wish.memory_mib << 20)
     given = dict(list(bench.problems().items())[: wish.problems])
     require_confinement(limits, wish.unconfined)
@@ -116,10 +114,9 @@ def _humaneval_rows(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _model(run: str, averaged: bool, precision: str, mesh: "Mesh | None" = None) -> Any:
     """(model, tokenizer, folder) of a run or an exported folder; on a mesh, of its experts this rank's."""
-    from counterflow.train.restore import folder_of, model_of
+    from counterflow.train.folder import folder_of
+    from counterflow.train.restore import model_of
 
-    if not run:
-        raise ConfigError("--run is missing; give a run's folder or name, or an exported folder.")
     folder = folder_of(run)
     return *model_of(folder, averaged, precision, mesh), folder
 
@@ -308,7 +305,7 @@ def tasks(wish: Tasks) -> None:
         from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
-            f"lm-eval is not whole ({error}); it is an extra: pip install 'counterflow[lm-eval]'."
+            f"lm-eval is not installed ({error}); it is an extra: {installing('lm-eval')}."
         ) from None
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
@@ -341,6 +338,17 @@ AMOUNTS = ("samples", "problems", "max_bytes", "max_tokens", "max_documents")
 """Of an evaluation: none is no measurement."""
 
 
+def require_models(asked: Any) -> None:
+    """Refuse what names no model, before torch is imported."""
+    from counterflow.train.folder import require_model
+
+    if isinstance(asked, HumanEval) and bool(asked.run) == bool(asked.completions):
+        raise ConfigError("name either --run, whose model writes, or --completions.")
+    for option in ("run", "observer", "performer"):
+        if hasattr(asked, option) and not getattr(asked, "completions", ""):
+            require_model(getattr(asked, option), f"--{option}")
+
+
 def run(arguments: Sequence[str]) -> int:
     """One evaluation."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -357,6 +365,7 @@ def run(arguments: Sequence[str]) -> int:
     for name in AMOUNTS:
         if getattr(asked, name, 1) < 1:
             raise ConfigError(f"{name} is {getattr(asked, name)}; it must be at least 1.")
+    require_models(asked)
     if not isinstance(asked, HumanEval | Perplexity):
         act(asked)
         return 0

@@ -29,8 +29,11 @@ class Export:
 def run(arguments: Sequence[str]) -> int:
     """Write the folder and say how large it is."""
     wish = tyro.cli(Export, prog="counterflow export", args=arguments, use_underscores=True)
+    from counterflow.train.folder import folder_of, require_model
+
+    require_model(wish.run)  # before torch is imported
     from counterflow.convert.export import Form, export
-    from counterflow.train.restore import folder_of, model_of
+    from counterflow.train.restore import model_of
     from counterflow.units import bytes_
 
     form, folder = Form(wish.dtype, wish.mtp, wish.shard_gib), Path(wish.folder)

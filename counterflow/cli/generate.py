@@ -57,6 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     """Print the prompt and what follows it."""
     shown = Annotated[Generate, tyro.conf.FlagCreatePairsOff]
     wish = tyro.cli(shown, prog="counterflow generate", args=arguments, use_underscores=True)
+    from counterflow.train.folder import require_model
+
+    require_model(wish.run)  # before torch is imported
     from counterflow.train.launch import on_ranks
 
     return on_ranks(wish.ranks, wish.device, ["generate", *arguments], lambda mesh: generate(wish, mesh))
@@ -74,7 +77,8 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
     from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import described
     from counterflow.infer.text import document
-    from counterflow.train.restore import folder_of, model_of
+    from counterflow.train.folder import folder_of
+    from counterflow.train.restore import model_of
 
     mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
     model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)

@@ -22,6 +22,9 @@ class Import:
 def run(arguments: Sequence[str]) -> int:
     """Make the run and say so."""
     wish = tyro.cli(Import, prog="counterflow import", args=arguments, use_underscores=True)
+    from counterflow.train.folder import require_exported
+
+    require_exported(Path(wish.folder))  # before torch is imported
     from counterflow.plan.count import count_parameters
     from counterflow.train.restore import import_run
     from counterflow.units import count

@@ -25,3 +25,6 @@ def _models() -> None:
         )
         numbers = "".join(f"{count(size):>12}" for size in (sizes.total, sizes.active, sizes.mtp))
         print(f"{name:10}{numbers}  {model.num_layers:>6}  {experts}")
+    print(
+        "total: the main model, embedding and head included; training adds the MTP modules of the next column."
+    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from counterflow.errors import ConfigError
+from counterflow.errors import ConfigError, installing
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -68,7 +68,10 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until told to stop; 0 then."""
     shown = Annotated[Serve, tyro.conf.FlagCreatePairsOff]
     wish = tyro.cli(shown, prog="counterflow serve", args=arguments, use_underscores=True)
-    listening_of(wish)  # said once, before ranks are started
+    from counterflow.train.folder import require_model
+
+    require_model(wish.run)
+    listening_of(wish)  # both said once, before torch is imported and ranks are started
     from counterflow.train.launch import on_ranks
 
     # Their agent kills ranks that outlive a signal by so much; the first ends texts under way and then the others.
@@ -79,11 +82,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def serve(wish: Serve, mesh: "Mesh") -> None:
     """Load the run; the first of `mesh`'s ranks says where it is served and serves, the others write with it."""
+    from counterflow.interrupt import stop_signals
     from counterflow.serve.app import Service
     from counterflow.serve.links import connect, follow
     from counterflow.serve.listen import listening, server
-    from counterflow.train.loop import stop_signals
-    from counterflow.train.restore import folder_of
+    from counterflow.train.folder import folder_of
 
     listen = listening_of(wish)
     folder = folder_of(wish.run)
@@ -110,7 +113,7 @@ def listening_of(wish: Serve) -> "ServerSettings":
         from counterflow.serve.listen import ServerSettings
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"serving needs {error.name}, which is not installed; install it: pip install 'counterflow[serve]'."
+            f"serving needs {error.name}, which is not installed: {installing('serve')}."
         ) from None
     key = wish.api_key or os.environ.get(KEY_VARIABLE, "")
     return ServerSettings(wish.host, wish.port, key, wish.max_queue, wish.max_body_bytes, wish.grace_s)

@@ -6,8 +6,8 @@ a flag, an override and a line of TOML go one way and fail alike.
 
 import contextlib
 import io
-import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -37,13 +37,24 @@ def run(arguments: Sequence[str]) -> int:
     if wants_help:
         print(HELP.format(runs=", ".join(RUNS), name=name) + settings_help(config))
         return 0
-    from counterflow.cli.generate import print_sample
-    from counterflow.train.launch import start
+    from counterflow.train.begin import is_complete, started
+    from counterflow.train.folder import SAMPLE
 
-    code = start(config, arguments)
-    if code == 0 and "RANK" not in os.environ:
+    if started() is not None:
+        return _started(config, arguments)
+    complete = is_complete(config)  # told, like what is wrong, before torch is imported and ranks are started
+    code = 0 if complete else _started(config, arguments)
+    if code == 0 and not (complete and (Path(config.folder).expanduser() / SAMPLE).is_file()):
+        from counterflow.cli.generate import print_sample
+
         print_sample(config.folder)
     return code
+
+
+def _started(config: RunConfig, arguments: Sequence[str]) -> int:
+    from counterflow.train.launch import start
+
+    return start(config, arguments)
 
 
 def split(words: list[str]) -> tuple[str, list[str], bool]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from counterflow.config.released import to_released as config_to_released
 from counterflow.convert import fp8
-from counterflow.convert.folder import whole_folder
+from counterflow.convert.folder import CONFIG, whole_folder
 from counterflow.convert.shards import as_stored, write_shards
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError, nearest
@@ -28,7 +28,7 @@ from counterflow.progress import watched
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """Of the weights that are not in blocks; the routers' biases are fp32 in all of them."""
-CONFIG, GENERATION = "config.json", "generation_config.json"
+GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -57,7 +57,7 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: Path, form: Form) -
         1 if form.dtype == "fp8" else DTYPES[form.dtype].itemsize
     )
     with whole_folder(folder, needed) as new:
-        tensors = watched(names, "exporting", len(names))
+        tensors = watched(names, "exporting", len(names), "tensors")
         write_shards(_stored(tensors, form), new, form.shard_gib * 2**30)
         _write_tokenizer(tokenizer, model.config.max_positions, new)
         _write(new / GENERATION, _generation(tokenizer))

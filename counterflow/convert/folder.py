@@ -17,6 +17,8 @@ from counterflow.errors import CheckpointError
 from counterflow.units import bytes_
 
 WRITING = ".writing"
+CONFIG = "config.json"
+"""A folder that has it is a model in the released format."""
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import torch
 
 from counterflow.config.model import ModelConfig
 from counterflow.config.released import read_released
-from counterflow.convert.export import CONFIG, TOKENIZER
+from counterflow.convert.export import TOKENIZER
+from counterflow.convert.folder import CONFIG
 from counterflow.convert.shards import Shards
 from counterflow.data.tokenizer import Tokenizer, fitting
 from counterflow.data.tokenizer import load as load_tokenizer

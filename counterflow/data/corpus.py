@@ -14,17 +14,19 @@ document is held out.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from hashlib import blake2b
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from sysconfig import get_path
 from typing import NamedTuple
 
 from counterflow.config.run import Source
 from counterflow.data.cache import build_once, key_of
 from counterflow.errors import DataError, nearest
+from counterflow.progress import watched
 
 STDLIB = "python-stdlib"
 STDLIB_LEFT_OUT = frozenset(
@@ -52,6 +54,7 @@ STDLIB_TABLES = frozenset(
     )
 )
 """Folders and files that are mostly literals: a sixth of the library's bytes, and next to no code."""
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
 VERSION = 1
 """Raised when the same files would give other documents or another split."""
@@ -132,7 +135,7 @@ def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
 def survey(source: Source, share: float) -> Survey:
     """Reads all of a source once."""
     total, num, size, num_held, any_split = blake2b(digest_size=16), 0, 0, 0, False
-    for document in documents(source):
+    for document in watched(documents(source), f"reading {PurePath(source.path).name}", unit="documents"):
         total.update(document.digest)
         num, size = num + 1, size + len(document.text.encode())
         num_held += is_held_out(document.digest, share)
@@ -238,7 +241,10 @@ def _suffixes() -> str:
 
 
 def _near(path: Path) -> str:
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if HUB_NAME.fullmatch(str(path)) and path.suffix not in TEXT + ROWS and not path.parent.is_dir():
+        return "data sets of the Hugging Face hub are not read by name: save its files in a folder first."
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    beside = [p.name for p in there if not p.name.startswith(".")]
     return nearest(path.name, beside) if beside else f"there is no folder {path.parent} either."
 
 

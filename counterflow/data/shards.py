@@ -8,33 +8,29 @@ checksums, so the first epoch finds it in the page cache.
 """
 
 import json
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Integer
 from numpy import ndarray
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from counterflow.data.cache import build_once, key_of
 from counterflow.data.corpus import Corpus, Document
 from counterflow.data.pack import fim_cut
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
+from counterflow.progress import Progress, sized
+from counterflow.units import bytes_
 
 Part = Literal["train", "held_out"]
 SHARD_TOKENS = 2**26
 """A shard is saved once this many tokens have come together; so many are held in memory."""
 BATCH_BYTES = 2**20
 """Text that is tokenised at once."""
-SHOW_ABOVE_BYTES = 4 * 2**20
-"""Text from which on the progress is shown."""
 VERSION = 1
 """Raised when the same text would give other tokens."""
 
@@ -127,12 +123,14 @@ def _write(
     """Tokenise a part into a folder."""
     writer = _Writer(folder, np.uint16 if tokenizer.size <= 2**16 else np.uint32, shard_tokens)
     documents, text_bytes = corpus.train() if part == "train" else corpus.held_out(), 0
-    with _progress(f"tokenising {corpus.source.path}, {part}", _size(corpus, part), quiet) as advance:
+    total = _size(corpus, part)
+    what = f"tokenising {PurePath(corpus.source.path).name}, {part.replace('_', '-')}"
+    with Progress(what, total, shown=not quiet) as progress:
         for batch, size in _batches(documents):
             for ids in _encode(batch, tokenizer, rate):
                 writer.add(ids)
             text_bytes += size
-            advance(size)
+            progress.update(text_bytes, sized(text_bytes, total, bytes_))
     writer.flush()
     boundaries = np.cumsum([0, *writer.lengths], dtype=np.int64)
     np.save(folder / "documents.npy", boundaries, allow_pickle=False)
@@ -220,13 +218,3 @@ def _measure(path: Path) -> tuple[int, int]:
         while block := file.read(2**22):
             crc = zlib.crc32(block, crc)
     return path.stat().st_size, crc
-
-
-@contextmanager
-def _progress(title: str, total_bytes: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A callable that takes the bytes done; draws a bar on a terminal if there is much to do."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    disable = quiet or total_bytes < SHOW_ABOVE_BYTES or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=disable) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda size: progress.advance(task, size)

@@ -12,8 +12,7 @@ state.
 """
 
 import os
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -25,6 +24,8 @@ from tokenizers import Tokenizer as Bpe
 from counterflow.data.cache import build_once, key_of
 from counterflow.data.corpus import Corpus
 from counterflow.errors import DataError
+from counterflow.progress import Progress
+from counterflow.units import bytes_
 
 SPLITS = (
     r"\p{N}{1,3}",
@@ -92,13 +93,9 @@ def open_tokenizer(
     name: str, vocab_size: int, corpora: Sequence[Corpus], cache: Path, quiet: bool
 ) -> Tokenizer:
     """The tokenizer that data.tokenizer names: 'train' learns one, once; else a tokenizer.json."""
-    if name != "train":
-        return fitting(load(Path(name).expanduser()), vocab_size, name)
-    if vocab_size < SMALLEST:
-        raise DataError(
-            f"model.vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least "
-            f"{SMALLEST}. Raise model.vocab_size."
-        )
+    given = require_tokenizer(name, vocab_size)
+    if given is not None:
+        return given
     folder = cache / "tokenizers" / key_of(VERSION, [corpus.key for corpus in corpora], vocab_size)
     build_once(
         folder,
@@ -107,6 +104,19 @@ def open_tokenizer(
         ),
     )
     return load(folder / "tokenizer.json")
+
+
+def require_tokenizer(name: str, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer.json that is named, None where one is to be learnt.   Fails: DataError where the vocabulary is too
+    small for either."""
+    if name != "train":
+        return fitting(load(Path(name).expanduser()), vocab_size, name)
+    if vocab_size < SMALLEST:
+        raise DataError(
+            f"model.vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least "
+            f"{SMALLEST}. Raise model.vocab_size."
+        )
+    return None
 
 
 def learn(corpora: Sequence[Corpus], vocab_size: int, quiet: bool = True) -> Bpe:
@@ -120,10 +130,20 @@ def learn(corpora: Sequence[Corpus], vocab_size: int, quiet: bool = True) -> Bpe
         vocab_size=vocab_size,
         special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIALS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=not quiet and sys.stderr.isatty(),
+        show_progress=False,
     )
-    bpe.train_from_iterator(islice(_by_turns(corpora), LEARN_FROM), trainer)
+    with Progress("learning the tokenizer", shown=not quiet) as progress:
+        bpe.train_from_iterator(_watched(islice(_by_turns(corpora), LEARN_FROM), progress), trainer)
     return bpe
+
+
+def _watched(texts: Iterable[str], progress: Progress) -> Iterator[str]:
+    """The texts, counted; what the library does after the last of them tells nobody how far it is."""
+    size = 0
+    for text in texts:
+        yield text
+        progress.update(size := size + len(text.encode()), f"{bytes_(size)} read")
+    progress.update(size, f"{bytes_(size)} read, merging")
 
 
 def _by_turns(corpora: Sequence[Corpus]) -> Iterable[str]:

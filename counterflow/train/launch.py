@@ -23,15 +23,20 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from counterflow.comm.mesh import Mesh, device_for
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError
+from counterflow.interrupt import end_now, end_with_parent, heard
 from counterflow.plan.layout import require_layout
-from counterflow.train.loop import resolve, train
+from counterflow.train.begin import started
 
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """PyTorch's own word for symmetric memory of several processes on one GPU; where it is set, ours may share one too: a
 trial of what is meant for several GPUs, over gloo, since NCCL refuses."""
+AGENT = "TORCHELASTIC_RUN_ID"
+"""Set where an agent of torch's, ours or torchrun's, watches this process."""
 PEER_LOST = 5
 """Exit code of a rank whose neighbour went away: not the one to blame."""
 TIMEOUT = timedelta(minutes=30)
+SAVING_S = 3600
+"""What ranks that were told to stop may take for the step under way and its checkpoint; their agent kills them then."""
 SAVED = (
     "lower train.micro_batch_size. What was saved is untouched: the same command goes on from the last checkpoint, and "
     "parallel.restarts=N goes on by itself"
@@ -42,13 +47,16 @@ SAVED = (
 def start(run: RunConfig, words: Sequence[str]) -> int:
     """Train a run in this process or in its own ranks, started as `counterflow train WORDS`; the exit code."""
     require_layout(run)
+    if started() is None and run.parallel.processes > 1:
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
+        return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)
+    from counterflow.train.loop import resolve, train  # seconds, and only those who train need it
+
     if started() is not None:
         code = _join(run.parallel, resolve(run).train.device, lambda mesh: train(run, mesh))
         # A run that was stopped has saved: no failure, and nothing for the agent to start again.
-        return 0 if code >= 128 and "TORCHELASTIC_RUN_ID" in os.environ else code
-    if run.parallel.processes == 1:
-        return train(run)
-    return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)
+        return 0 if code >= 128 and AGENT in os.environ else code
+    return train(run)
 
 
 def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh], object]) -> int:
@@ -71,21 +79,15 @@ def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh]
     return _join(Parallel(data=ranks, expert=ranks), device_for(device, ranks), acted)
 
 
-def started() -> int | None:
-    """How many processes torchrun or Slurm has started, this one among them; None where neither has."""
-    if "RANK" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    several = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    return int(os.environ["SLURM_NTASKS"]) if several else None
-
-
 def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     """This process as one of many."""
+    if AGENT in os.environ:
+        end_with_parent()
     with joined(parallel, device) as mesh:
         try:
             return act(mesh)
         except PeerLostError as error:
-            if "TORCHELASTIC_RUN_ID" not in os.environ:  # an agent says it, and how that rank ended
+            if AGENT not in os.environ:  # an agent says it, and how that rank ended
                 print(f"counterflow: {error}", file=sys.stderr, flush=True)
             return _peer_lost(error)
         except CounterflowError as error:
@@ -174,12 +176,25 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
         monitor_interval=0.2,
     )
     try:
-        elastic_launch(settings, sys.executable)("-m", "counterflow", *words)
+        with heard(_ends_when_told_twice()):
+            elastic_launch(settings, sys.executable)("-m", "counterflow", *words)
     except SignalException as signalled:
         return 128 + signalled.sigval.value
     except ChildFailedError as failed:
         return _explain(failed, parallel.restarts, killed)
     return 0
+
+
+def _ends_when_told_twice() -> Callable[[int], None]:
+    """The first signal goes to the ranks, which save; after a second Ctrl-C this process ends, and they with it."""
+    told: list[int] = []
+
+    def listen(number: int) -> None:
+        told.append(number)
+        if told.count(signal.SIGINT) > 1:
+            end_now()
+
+    return listen
 
 
 def _explain(failed: ChildFailedError, restarts: int, killed: str) -> int:

@@ -1,4 +1,4 @@
-"""What a run measures, step by step: a line of JSON each, TensorBoard, and a progress bar.
+"""What a run measures, step by step: a line of JSON each, TensorBoard, and what the progress line says.
 
 metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its
 checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. Not taken:
@@ -8,21 +8,15 @@ and a tracking service, which a run without a network would have to do without.
 
 import json
 import math
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
-from counterflow.units import seconds
+from counterflow.progress import sized
+from counterflow.units import count
 
 METRICS = "metrics.jsonl"
 HEAT_MAP_EVERY = 50
-PLAIN_EVERY_S = 10.0
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -93,56 +87,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Progress:
-    """A bar over the run's samples on a terminal; elsewhere a line every ten seconds and at the end."""
-
-    def __init__(self, total_samples: int, done_samples: int) -> None:
-        self.total, self.done = total_samples, done_samples
-        self._said, self._start, self._first = -math.inf, time.monotonic(), done_samples
-        self._bar = self._task = None
-        if sys.stdout.isatty():
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Bar(*columns, console=Console(file=sys.stdout))
-            self._task = self._bar.add_task("training", total=self.total, completed=self.done, line="")
-
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        """Show a step."""
-        self.done = values["samples"]
-        line = _line(values)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self.done, line=line)
-        elif time.monotonic() - self._said > PLAIN_EVERY_S or self.done >= self.total:
-            self._said = time.monotonic()
-            left = (self._said - self._start) * (self.total - self.done) / max(1, self.done - self._first)
-            print(f"{self.done}/{self.total}  {line}  {seconds(left)} left", flush=True)
-
-    def note(self, text: str) -> None:
-        """A line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, flush=True)
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    parts = [f"step {values['step']}", f"loss {values['loss']:.3f}"]
-    if values.get("mtp_loss"):
-        parts.append("MTP " + " ".join(f"{loss:.3f}" for loss in values["mtp_loss"]))
-    parts.append(f"{values['tokens_per_s']:,.0f} tokens/s")
+def facts(values: Mapping[str, Any], steps: int, tokens: float) -> list[str]:
+    """What a step's line says, of a run of so many steps and tokens, the most important first."""
+    parts = [
+        f"step {values['step']}/{steps}",
+        sized(values["tokens"], tokens, count).replace(" of ", "/") + " tokens",
+        f"loss {values['loss']:.3f}",
+        f"{values['tokens_per_s']:,.0f} tokens/s",
+    ]
     if "max_vio" in values:
         parts.append(f"MaxVio {values['max_vio']:.2f}")
-    return "  ".join(parts)
+    if values.get("mtp_loss"):
+        parts.append("MTP " + " ".join(f"{loss:.3f}" for loss in values["mtp_loss"]))
+    return parts

@@ -97,8 +97,11 @@ class Pipelined:
         assert self._channels is not None, "a pass was made"
         return self._channels.waited()
 
-    def held_out(self, samples: Samples, places: Sequence[int]) -> Sums:
-        """The main model's losses on held-out samples, each once: whole micro-batches first, the rest one by one."""
+    def held_out(self, samples: Samples, places: Sequence[int], watch: Callable[[int], object]) -> Sums:
+        """The main model's losses on held-out samples, each once: whole micro-batches first, the rest one by one.
+
+        `watch` is told how many samples of all ranks were done, each time some are.
+        """
         micro, data = self.run.train.micro_batch_size, self.mesh.data
         whole = len(places) // (micro * data) * micro
         mine = places[whole * self.mesh.data_rank : whole * (self.mesh.data_rank + 1)]
@@ -106,10 +109,11 @@ class Pipelined:
         heard = sums if self.mesh.data_rank == 0 else Sums()
         if heard is not sums and self.mesh.expert == 1:
             rest = []  # who shares experts takes part where others count
-        for some, size, into in ((mine, micro, sums), (rest, 1, heard)):
+        for some, size, into, ranks in ((mine, micro, sums, data), (rest, 1, heard, 1)):
             most = sum(self.schedule.microbatches) * size
             for start in range(0, len(some), most):
                 self._evaluate(samples, some[start : start + most], size, into)
+                watch(len(some[start : start + most]) * ranks)
         return sums
 
     def _evaluate(self, samples: Samples, places: Sequence[int], size: int, sums: Sums) -> None:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.mesh import Mesh
-from counterflow.config.load import load_run, to_toml
+from counterflow.config.load import to_toml
 from counterflow.config.run import Data, Keep, RunConfig
-from counterflow.convert.export import CONFIG
 from counterflow.convert.folder import whole_folder
 from counterflow.convert.load import load_folder
 from counterflow.data.tokenizer import Tokenizer
@@ -16,30 +15,9 @@ from counterflow.data.tokenizer import load as load_tokenizer
 from counterflow.errors import CheckpointError, ConfigError, nearest
 from counterflow.model.transformer import Transformer, expert_shards, named_routers
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, is_exported, run_config
 from counterflow.train.piece import Piece
 from counterflow.train.spread import whole_model
-
-RUN_TOML = "run.toml"
-TOKENIZER = "tokenizer.json"
-CHECKPOINTS = "checkpoints"
-
-
-def run_config(folder: Path) -> RunConfig:
-    """The configuration that a run's folder keeps.   Fails: CheckpointError where there is no run."""
-    path = folder / RUN_TOML
-    if not path.is_file():
-        runs = sorted(other.parent.name for other in folder.parent.glob(f"*/{RUN_TOML}"))
-        known = f"known there: {', '.join(runs)}." if runs else "train one first: counterflow train."
-        raise CheckpointError(
-            f"{folder} is no run and no exported model: it has neither {RUN_TOML} nor {CONFIG}; {known}"
-        )
-    return load_run(str(path))
-
-
-def folder_of(name: str) -> Path:
-    """The folder that a command means: a path, or the name of a run in runs/."""
-    return Path(name) if Path(name).exists() or "/" in name else Path("runs") / name
-
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,7 +34,7 @@ def model_of(
     if precision not in PRECISIONS:
         raise ConfigError(f"precision is '{precision}'; {nearest(precision, PRECISIONS)}")
     dtype, mesh = PRECISIONS[precision], mesh or Mesh()
-    if (path / RUN_TOML).is_file() or not (path / CONFIG).is_file():
+    if not is_exported(path):
         model, tokenizer = restore(path, averaged, mesh)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

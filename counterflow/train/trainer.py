@@ -7,6 +7,7 @@ integer. Resuming is therefore loading; there is no second path (`loop.py`).
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -224,12 +225,15 @@ class Trainer:
         return f"the gradient of '{bad[-1]}' and of {len(bad) - 1} before it" if bad else ""
 
     @torch.no_grad()
-    def held_out_loss(self, count: int) -> float:
-        """Mean −log p of the main model over `count` held-out samples, evenly spaced over them all; nats a token."""
+    def held_out_loss(self, count: int, watch: Callable[[int], object] = lambda samples: None) -> float:
+        """Mean −log p of the main model over `count` held-out samples, evenly spaced over them all; nats a token.
+
+        `watch` is told how many samples of all ranks were done, each time some are.
+        """
         micro, every = self.run.train.micro_batch_size, self.samples.num_held_out
         places = [index * every // count for index in range(count)]
         if self.pipeline:
-            sums = self.pipeline.held_out(self.samples, places)
+            sums = self.pipeline.held_out(self.samples, places, watch)
             total = sums.nll[0].double() if 0 in sums.nll else torch.zeros((), dtype=torch.float64)
         else:
             total = torch.zeros((), dtype=torch.float64)
@@ -239,6 +243,7 @@ class Trainer:
                 some = [self.samples.held_out(place, 1) for place in mine or places[:1]]
                 nll = self.model(torch.cat(some).to(self.device)).nll[0].cpu()
                 total += nll if mine else 0
+                watch(min(unit, count - start))
         return self.mesh.sum(total.to(self.device)).item() / (count * self.run.data.sequence_length)
 
     def pieces(self) -> dict[str, Piece]:

@@ -8,6 +8,11 @@ import pytest
 
 from counterflow.cli import VERBS, main
 from counterflow.cli.train import split
+from counterflow.config.load import to_toml
+from counterflow.train import manifest
+from counterflow.train.folder import CHECKPOINTS, RUN_TOML, SAMPLE
+from counterflow.train.manifest import path_of
+from tests.train.runs import overrides, small_run
 
 pytestmark = pytest.mark.pure
 
@@ -19,6 +24,60 @@ def test_help_imports_no_torch(words):
     code = f"import sys\nfrom counterflow.cli import main\ntry: main({words})\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.rstrip().endswith("False"), done.stdout + done.stderr
+
+
+def test_what_is_complete_or_wrong_is_said_without_torch(tmp_path):
+    """A finished run, changed settings, a folder, a text, a vocabulary or a model that cannot be: before any import."""
+    config, run = small_run(tmp_path), tmp_path / "run"
+    for step, sample in ((20, 80), (24, 96)):
+        (checkpoint := path_of(run / CHECKPOINTS, step)).mkdir(parents=True)
+        (checkpoint / "weights").write_text("weights")
+        manifest.write(checkpoint, {"sample": sample})
+    (run / RUN_TOML).write_text(to_toml(config))
+    (run / SAMPLE).touch()
+    (tmp_path / "chat.jsonl").write_text('{"messages": "text"}')
+    train, nowhere = ["train", "tiny", *overrides(tmp_path)], str(tmp_path / "nowhere")
+    commands = {
+        f"{run} is complete (step 24); keep.resume=never trains it anew.": train,
+        "train.lr.peak was 0.003, is 0.5": [*train, "train.lr.peak=0.5"],
+        "data.fim_rate was 0.1, is 0.0": [*train, "data.fim_rate=0"],
+        f"data.sources.0.path was '{tmp_path / 'text.txt'}', is 'a.txt'": [*train, "data.sources=a.txt"],
+        "is 'a.txt' and 'b.txt'": [*train, 'data.sources=["a.txt", "b.txt"]'],
+        "has no checkpoint and keep.resume is 'must'": [
+            *train,
+            "keep.resume=must",
+            f"keep.folder={nowhere}",
+        ],
+        "the folder /proc/x cannot be written": [*train, "keep.folder=/proc/x"],
+        "source 'gone' is not there": [*train, "data.sources=gone", f"keep.folder={nowhere}"],
+        "are not read by name": [*train, "data.sources=owner/Stories", f"keep.folder={nowhere}"],
+        "chat.jsonl:1 has no 'text'": [
+            *train,
+            f"data.sources={tmp_path / 'chat.jsonl'}",
+            f"keep.folder={nowhere}",
+        ],
+        "model.vocab_size is 100": [*train, "model.vocab_size=100", f"keep.folder={nowhere}"],
+        "needs 13.": ["train", "v3-671b", "train.device=cpu", f"keep.folder={nowhere}"],
+        f"{nowhere} is no run": ["generate", "--run", nowhere],
+        "known there: run": ["serve", "--run", nowhere],
+        "is no run and no exported model": ["export", nowhere, f"{nowhere}2"],
+        "nowhere has no config.json": ["import", nowhere, f"{nowhere}2"],
+        "--run is missing": ["evaluate", "perplexity", "x"],
+        "--performer is missing": ["evaluate", "binoculars", "x", "--observer", str(run)],
+    }
+    code = f"""
+import sys
+from counterflow.cli import main
+for words in {list(commands.values())}:
+    print(main(words), flush=True)
+print('torch' in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said, errors = done.stdout.splitlines(), done.stderr.splitlines()
+    assert said[1:] == ["0", *["2"] * (len(commands) - 1), "False"]
+    for expected, line in zip(commands, [said[0], *errors], strict=True):
+        assert expected in line
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_help_answers_in_under_a_second():
@@ -60,7 +119,7 @@ def test_train_help_lists_settings_with_their_meaning(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["nonsense"], "'nonsense' is no verb"),
+        (["nonsense"], "unknown command 'nonsense'"),
         (["train", "--train.lr.peek", "1"], "did you mean 'train.lr.peak'?"),
         (["train", "--train.tokens"], "--train.tokens has no value"),
         (["train", "tinny"], "did you mean 'tiny'?"),

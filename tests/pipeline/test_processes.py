@@ -15,7 +15,8 @@ import torch
 
 from counterflow.config.load import load_run
 from counterflow.train.checkpoint import Checkpoints
-from counterflow.train.restore import CHECKPOINTS, restore
+from counterflow.train.folder import CHECKPOINTS
+from counterflow.train.restore import restore
 from tests.train.runs import overrides
 
 pytestmark = pytest.mark.slow

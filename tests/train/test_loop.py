@@ -13,9 +13,9 @@ import torch
 
 from counterflow.cli import main
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.loop import collapsed
 from counterflow.train.metrics import read
-from counterflow.train.restore import CHECKPOINTS
 from tests.train.runs import overrides, write_text
 
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from counterflow.train import metrics
-from counterflow.train.metrics import METRICS, Metrics, Progress, read
+from counterflow.train.metrics import METRICS, Metrics, facts, read
 
 
 def step_values(step: int, **more: Any) -> dict[str, Any]:
@@ -116,37 +115,12 @@ def test_a_layer_without_tokens_and_a_run_without_experts(tmp_path: Path) -> Non
     assert [row["load"] for row in read(tmp_path)] == [{"layers.1": [0, 0]}, {}]
 
 
-def test_lines_where_there_is_no_terminal(capsys, monkeypatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    with Progress(80, 0) as progress:
-        for step in range(1, 11):
-            now[0] += 4.0
-            progress.update(step_values(step))
-        progress.note("held-out [bits] 1.5")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[1] for line in lines[:-1]] == ["step 1", "step 4", "step 7", "step 10"]
-    assert "8/80" in lines[0] and "loss 5.000" in lines[0] and "MTP 6.000 7.000" in lines[0]
-    assert "1,000 tokens/s" in lines[0] and "MaxVio 0.50" in lines[0] and "36.0 s left" in lines[0]
-    assert lines[-1] == "held-out [bits] 1.5"
-
-
-def test_time_left_counts_from_where_the_run_went_on(capsys, monkeypatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    progress = Progress(80, 64)
-    now[0] = 5.0
-    progress.update(step_values(9))
-    assert "5.0 s left" in capsys.readouterr().out
-
-
-def test_a_bar_on_a_terminal(capsys, monkeypatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(metrics.sys.stdout, "isatty", lambda: True)
-    with Progress(16, 0) as progress:
-        progress.update(step_values(1))
-        progress.note("held-out [bits] 1.5")
-        progress.update(step_values(2))
-    out = capsys.readouterr().out
-    assert "16/16" in out and "step 2" in out and "loss 2.500" in out and "held-out [bits] 1.5" in out
+def test_a_step_says_the_most_important_first() -> None:
+    assert facts(step_values(2), 40, 10_240) == [
+        "step 2/40",
+        "512/10.24 K tokens",
+        "loss 2.500",
+        "1,000 tokens/s",
+        "MaxVio 0.50",
+        "MTP 3.000 3.500",
+    ]

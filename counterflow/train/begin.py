@@ -1,0 +1,214 @@
+"""What a start finds before it loads anything: text, folder, settings, an earlier run. No torch is imported here.
+
+So a finished run says so and a wrong setting is refused at once, before ranks are started; each rank's own start asks
+the same functions again, with what only it can know, such as the precision that `auto` means here.
+"""
+
+import dataclasses
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from counterflow.config.load import settings
+from counterflow.config.run import RunConfig
+from counterflow.data.corpus import documents
+from counterflow.data.tokenizer import require_tokenizer
+from counterflow.errors import CheckpointError, ConfigError
+from counterflow.plan.count import count_parameters
+from counterflow.plan.layout import require_layout
+from counterflow.train import lr
+from counterflow.train.folder import CHECKPOINTS, REPORT, RUN_TOML, run_config
+from counterflow.train.lr import Grain
+from counterflow.train.manifest import path_of, state_of, steps_of, verify
+from counterflow.units import bytes_
+
+FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device", "parallel")
+"""Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
+BYTES_EACH = 16
+"""Of a parameter in training: fp32 master, gradient and two moments."""
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Where a Linux machine has any of these, only torch can tell whether it has a GPU for us."""
+
+
+def started() -> int | None:
+    """How many processes torchrun or Slurm has started, this one among them; None where neither has."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    several = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return int(os.environ["SLURM_NTASKS"]) if several else None
+
+
+def is_complete(run: RunConfig) -> bool:
+    """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
+    require_layout(run)
+    if run.train.device == "cpu" or (sys.platform == "linux" and not any(map(os.path.exists, GPUS))):
+        require_memory(run)
+    folder = folder_for(run)
+    with locked(folder):
+        if _is_complete(run, folder):
+            return True
+    for source in run.data.sources:
+        next(documents(source), None)
+    require_tokenizer(run.data.tokenizer, run.model.vocab_size)
+    return False
+
+
+def _is_complete(run: RunConfig, folder: Path) -> bool:
+    """By the newest checkpoint alone; one that is damaged is for `begin` to pass over."""
+    steps = steps_of(folder / CHECKPOINTS)
+    if run.keep.resume == "never":
+        return False
+    require_resumable(run, folder, steps[-1] if steps else 0)
+    with suppress(CheckpointError):
+        if steps and trained_by(run, folder, steps[-1]):
+            verify(path_of(folder / CHECKPOINTS, steps[-1]))
+            say_complete(folder, steps[-1])
+            return True
+    return False
+
+
+def begin(run: RunConfig, folder: Path) -> int | None:
+    """The step to go on from, 0 for a start; None where the run is complete."""
+    if run.keep.resume == "never":
+        move_aside(folder)
+    step = newest_sound(folder / CHECKPOINTS)
+    require_resumable(run, folder, step)
+    if step and trained_by(run, folder, step):
+        say_complete(folder, step)
+        return None
+    return step
+
+
+def require_resumable(run: RunConfig, folder: Path, step: int) -> None:
+    """Refuse to go on from a step under other settings, or from none where there must be one."""
+    if step:
+        require_same_settings(run, folder)
+    if run.keep.resume == "must" and not step:
+        raise CheckpointError(
+            f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
+        )
+
+
+def trained_by(run: RunConfig, folder: Path, step: int) -> bool:
+    """Whether all that the run plans is trained by a step that has a checkpoint."""
+    planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_layout(run)))
+    return state_of(path_of(folder / CHECKPOINTS, step))["sample"] >= planned
+
+
+def say_complete(folder: Path, step: int) -> None:
+    """One line, with the page where there is one."""
+    page = folder / REPORT
+    shown = f"its page is {page}; " if page.is_file() else ""
+    print(f"{folder} is complete (step {step}); {shown}keep.resume=never trains it anew.")
+
+
+def folder_for(run: RunConfig) -> Path:
+    """Where a run is kept, in full."""
+    return Path(run.folder).expanduser().resolve()
+
+
+def require_memory(run: RunConfig) -> None:
+    """Refuse a model whose weights and optimizer alone are more than the CPU's memory, before anything is made."""
+    counts = count_parameters(run.model)
+    each = BYTES_EACH + (4 if run.train.ema_decay else 0) + (2 if run.train.precision == "bf16" else 0)
+    needed = (counts.total + counts.mtp) * each
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ConfigError(
+            f"{run.name} needs {bytes_(needed)} for weights, gradients and optimizer, and this machine has "
+            f"{bytes_(there)}; one process trains smaller models: choose another, or lower its sizes."
+        )
+
+
+def move_aside(folder: Path) -> None:
+    """Give an earlier run another name, so that a new one can have its folder."""
+    if (folder / RUN_TOML).is_file():
+        aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"The earlier run is now {aside}.")
+        folder.mkdir(parents=True)
+
+
+def require_same_settings(run: RunConfig, folder: Path) -> None:
+    """Refuse to go on with a checkpoint under settings that would have made another one."""
+    changed = list(differences(run_config(folder), run))
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "
+            "name=... or keep.folder=..., take the old settings, start anew with keep.resume=never, or start from its "
+            f"weights in another folder with --from {folder}."
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    """Settings that decide numbers and are not the same, as 'key was x, is y'; `auto` is anything, until decided."""
+    for name in settings(type(old)):
+        key, before, after = prefix + name, getattr(old, name), getattr(new, name)
+        if before == after or after == "auto" or key in FREE_TO_CHANGE:
+            continue
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            yield from differences(before, after, key + ".")
+        elif isinstance(before, tuple) and len(before) == len(after):
+            for place, (one, other) in enumerate(zip(before, after)):
+                yield from differences(one, other, f"{key}.{place}.")
+        else:
+            yield f"{key} was {_shown(before)}, is {_shown(after)}"
+
+
+def _shown(value: Any) -> str:
+    """As one writes it on the command line."""
+    if isinstance(value, tuple):
+        return " and ".join(f"'{getattr(item, 'path', item)}'" for item in value)
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return f"'{value}'" if isinstance(value, str) else f"{value}"
+
+
+def newest_sound(checkpoints: Path) -> int:
+    """The newest checkpoint that is as it was written; 0 without one. What is passed over is said."""
+    steps = steps_of(checkpoints)
+    for step in reversed(steps):
+        try:
+            verify(path_of(checkpoints, step))
+            return step
+        except CheckpointError as error:
+            if step == steps[0]:
+                raise
+            print(f"counterflow: {error} Going on from the one before.", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process trains in a folder; another is told so. A folder in which nothing came to lie goes again.
+
+    The lock file stands beside the folder, so that the folder itself may be moved aside while it is held.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock")
+        file = os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT), "w")
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {folder} cannot be written ({error.strerror}); choose another with keep.folder=..., or mend "
+            "its permissions."
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is training in {folder}; wait for it, or choose another folder with name=..."
+            ) from None
+        file.write(str(os.getpid()))
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                folder.rmdir()
+                lock.unlink()
