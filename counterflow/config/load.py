@@ -32,12 +32,19 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     a run or an exported model to start from.
     """
     tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"'{override}' is no override; write KEY=VALUE, such as train.lr.peak=1e-3.")
-        _plant(tree, key.strip().removeprefix("--").split("."), _value(text.strip()))
+    for keys, value in sorted(map(_override, overrides), key=lambda given: len(given[0])):
+        _plant(
+            tree, keys, value
+        )  # what is whole first, so that `model=small` leaves model.num_layers=6 as it is
     return run_of(tree)
+
+
+def _override(text: str) -> tuple[list[str], Any]:
+    """(keys from the outermost on, value) of "train.lr.peak=1e-3"."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"'{text}' is no override; write KEY=VALUE, such as train.lr.peak=1e-3.")
+    return key.strip().removeprefix("--").split("."), _value(value.strip())
 
 
 def _start_from(tree: dict[str, Any], given: str) -> None:
@@ -116,10 +123,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set a nested key; a name given to `model` stays its base when a setting of it follows."""
+    """Set a nested key; a name given to `model`, or paths to `data.sources`, stay the base of settings that follow."""
     for depth, key in enumerate(keys[:-1], start=1):
         inner = tree.get(key, {})
-        table = {"base": inner} if isinstance(inner, str) else _table(inner)
+        table = {"base": inner} if isinstance(inner, str | list) else _table(inner)
         if table is None:
             raise ConfigError(
                 f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting."
@@ -196,25 +203,48 @@ def _convert(value: Any, hint: Any, current: Any, key: str) -> Any:
             raise ConfigError(f"{key} is {value!r}; it is a table of settings: {', '.join(settings(inner))}.")
         return _build(inner() if current is None else current, table, key + ".")
     if typing.get_origin(hint) is tuple:
-        return _tables(value, typing.get_args(hint)[0], key)
+        return _tables(value, typing.get_args(hint)[0], current, key)
     return scalar(value, hint, key, QUOTE if hint is str else "")
 
 
 QUOTE = """: put it in quotes, KEY='"VALUE"'"""
 
 
-def _tables(value: Any, kind: type, key: str) -> tuple[Any, ...]:
-    """A list of tables; one path, or several, stand for tables that only name a path."""
-    items = cast("list[Any]", value) if isinstance(value, list) else [value]
-    out: list[Any] = []
-    for index, item in enumerate(items):
-        table = {"path": item} if isinstance(item, str) else _table(item)
-        if table is None:
+def _tables(value: Any, kind: type, current: tuple[Any, ...], key: str) -> tuple[Any, ...]:
+    """A list of tables; one path, or several, stand for tables that only name a path.
+
+    Beside them, or to change what is there, settings of all and, by their numbers, of single ones.
+    """
+    table = dict(_table(value) or {"base": value})
+    single = {name: table.pop(name) for name in sorted(table, key=_number) if name.isdigit()}
+    items = list(current)
+    if "base" in table:
+        given = table.pop("base")
+        listed = cast("list[Any]", given) if isinstance(given, list) else [given]
+        items = [_build(kind(), _named_path(item, f"{key}.{n}"), f"{key}.") for n, item in enumerate(listed)]
+    if "path" in table and len(items) > 1:
+        raise ConfigError(f"{key}.path is given and there are {len(items)}; say which, such as {key}.0.path.")
+    items = [_build(item, table, f"{key}.") for item in items]
+    for name, settings_ in single.items():
+        number, changes = int(name), _named_path(settings_, f"{key}.{name}")
+        if number > len(items) or (number == len(items) and "path" not in changes):
             raise ConfigError(
-                f"{key}[{index}] is {item!r}; it must be a path or a table with path, weight, field."
+                f"{key}.{name} is given and there are {len(items)}, numbered from 0; give {key}.{len(items)}.path "
+                "first."
             )
-        out.append(_build(kind(), table, f"{key}."))
-    return tuple(out)
+        items[number:] = [_build((*items, kind())[number], changes, f"{key}.{name}."), *items[number + 1 :]]
+    return tuple(items)
+
+
+def _number(name: str) -> int:
+    return int(name) if name.isdigit() else -1
+
+
+def _named_path(item: Any, key: str) -> Mapping[str, Any]:
+    table = {"path": item} if isinstance(item, str) else _table(item)
+    if table is None:
+        raise ConfigError(f"{key} is {item!r}; it must be a path or a table with path, weight, field.")
+    return table
 
 
 def to_toml(run: RunConfig) -> str:

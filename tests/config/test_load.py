@@ -65,6 +65,69 @@ def test_overrides_and_bases(tmp_path):
     assert load_run("tiny", ["model.yarn.factor=8"]).model.yarn == Yarn(factor=8.0)
 
 
+BODY = Source("a.jsonl", field="body")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sources"),
+    [
+        (["data.sources=a.jsonl", "data.sources.0.field=body"], (BODY,)),
+        (["data.sources.0.field=body", "data.sources=a.jsonl"], (BODY,)),
+        (["data.sources.field=body", "data.sources=a.jsonl"], (BODY,)),
+        (["data.sources.0.path=a.jsonl", "data.sources.0.field=body"], (BODY,)),
+        (["data.sources.0=a.jsonl", "data.sources.field=body"], (BODY,)),
+        (
+            ["data.sources.1.path=b", "data.sources.1.weight=2", "data.sources=a"],
+            (Source("a"), Source("b", 2.0)),
+        ),
+        (
+            ['data.sources=["a.jsonl", "b"]', "data.sources.field=body", "data.sources.1.field=x"],
+            (BODY, Source("b", field="x")),
+        ),
+    ],
+)
+def test_sources_are_given_in_any_order(overrides, sources):
+    assert load_run("tiny", overrides).data.sources == sources
+
+
+@pytest.mark.parametrize(
+    ("given", "sources"),
+    [
+        ('sources = "a"', (Source("a", field="body"),)),
+        ('sources = ["a", "b"]', (Source("a", field="body"), Source("b"))),
+        ('sources = {path = "a", weight = 2}', (Source("a", 2.0, "body"),)),
+        (
+            '[[data.sources]]\npath = "a"\n[[data.sources]]\npath = "b"',
+            (Source("a", field="body"), Source("b")),
+        ),
+    ],
+)
+def test_a_setting_of_a_source_changes_what_a_file_says(tmp_path, given, sources):
+    path = tmp_path / "run.toml"
+    path.write_text(given if given.startswith("[[") else f"[data]\n{given}\n")
+    assert load_run(str(path), ["data.sources.0.field=body"]).data.sources == sources
+
+
+def test_a_name_after_its_settings_leaves_them():
+    after = load_run("tiny", ["model.num_layers=6", "model=small"]).model
+    assert after == dataclasses.replace(MODELS["small"], num_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.sources.2.path=c"], "give data.sources.1.path first"),
+        (["data.sources.1.field=c"], "give data.sources.1.path first"),
+        (['data.sources=["a", "b"]', "data.sources.path=c"], "say which, such as data.sources.0.path"),
+        (["data.sources.0.pth=c"], "did you mean 'data.sources.0.path'"),
+        (["data.sources=5"], "data.sources.0 is 5; it must be a path or a table"),
+    ],
+)
+def test_sources_that_cannot_be_are_refused_by_their_numbers(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        load_run("tiny", overrides)
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
