@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from counterflow.progress import Progress
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -120,6 +123,9 @@ def print_sample(folder: str) -> None:
     """What a finished run writes, kept beside it and shown in its report."""
     from counterflow.train.report import write_report
 
+    with Progress("loading the model", file=sys.stdout):
+        import_module("counterflow.infer.engine")  # seconds, in which nothing would be seen
+        import_module("counterflow.train.restore")
     print(f"\nA sample after '{SAMPLE_PROMPT}':\n")
     text = generate(Generate(run=folder, prompt=SAMPLE_PROMPT, max_tokens=SAMPLE_TOKENS, seed=0))
     (Path(folder) / "sample.txt").write_text(text, encoding="utf-8")

@@ -6,7 +6,10 @@ a flag, an override and a line of TOML go one way and fail alike.
 
 import contextlib
 import io
+import os
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +19,9 @@ from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.config.runs import RUNS
 from counterflow.errors import ConfigError
+from counterflow.progress import Progress
 
+DRY_RUN = "--dry-run"
 HELP = """usage: counterflow train [RUN] [KEY=VALUE | --KEY VALUE ...]
 
 Train a model. RUN is a named run ({runs}; default tiny) or a .toml file; settings follow as overrides:
@@ -26,16 +31,23 @@ Train a model. RUN is a named run ({runs}; default tiny) or a .toml file; settin
 
 `model=NAME` takes another named model, `model=PATH/config.json` a released one; `--from PATH` starts from the weights,
 model and tokenizer of a run or an exported folder. The run is kept in runs/NAME; started
-again it goes on from its last checkpoint (keep.resume=never starts anew). Settings of '{name}':
+again it goes on from its last checkpoint (keep.resume=never starts anew). `--dry-run` prints settings, layout, memory
+and the first sample, and writes nothing. Settings of '{name}':
 """
 
 
 def run(arguments: Sequence[str]) -> int:
     """Train, then print where the report is and a sample."""
-    name, overrides, wants_help = split(list(arguments))
+    words = [word for word in arguments if word != DRY_RUN]
+    name, overrides, wants_help = split(words)
     config = load_run(name, overrides)
     if wants_help:
         print(HELP.format(runs=", ".join(RUNS), name=name) + settings_help(config))
+        return 0
+    if len(words) < len(arguments):
+        from counterflow.train.dry import dry_run
+
+        print(dry_run(config))
         return 0
     from counterflow.train.begin import is_complete, started
     from counterflow.train.folder import SAMPLE
@@ -52,8 +64,19 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _started(config: RunConfig, arguments: Sequence[str]) -> int:
-    from counterflow.train.launch import start
+    """Load what trains, here or in the processes that are started, and train."""
+    from counterflow.train.begin import started
 
+    several = started() is None and config.parallel.processes > 1
+    doing = f"Starting {config.parallel.processes} processes" if several else "Loading PyTorch"
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    with Progress(doing, shown=first, file=sys.stdout) as progress:
+        if started() is None:
+            progress.note(f"{doing} ...")
+        from counterflow.train.launch import start
+
+        if not several:
+            import_module("counterflow.train.loop")
     return start(config, arguments)
 
 

@@ -243,6 +243,9 @@ class Keep:
     """Held-out samples of the measurements on the way, evenly spaced; their bits per byte are approximate."""
     log_every: int = 1
     """Steps between log lines in metrics.jsonl and TensorBoard."""
+    wandb: str = ""
+    """A project of Weights & Biases that the run is logged to as well, by the package wandb; empty: none. With
+    WANDB_MODE=offline it stays on this machine."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoints", "eval_every", "eval_samples", "log_every"):

@@ -120,8 +120,7 @@ def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
 
     Fails: DataError if there is no text, or none on one of the two sides.
     """
-    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files(source)]
-    folder = cache / "corpora" / key_of(VERSION, os.path.abspath(source.path), source.field, share, stats)
+    folder = survey_folder(source, share, cache)
     build_once(
         folder, lambda new: (new / "survey.json").write_text(json.dumps(asdict(survey(source, share))))
     )
@@ -130,6 +129,12 @@ def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} is damaged ({error}); delete that folder, it is rebuilt.") from error
     return Corpus(source, share, found)
+
+
+def survey_folder(source: Source, share: float, cache: Path) -> Path:
+    """Where what was found in a source is kept."""
+    stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files(source)]
+    return cache / "corpora" / key_of(VERSION, os.path.abspath(source.path), source.field, share, stats)
 
 
 def survey(source: Source, share: float) -> Survey:

@@ -79,10 +79,21 @@ def open_shards(
             "<|fim_begin|>, <|fim_hole|> and <|fim_end|>. Set data.fim_rate=0, or give a tokenizer that has "
             "them."
         )
-    key = key_of(VERSION, corpus.key, part, tokenizer.hash, rate, shard_tokens)
-    folder = cache / "shards" / key
+    folder = shards_folder(corpus, part, tokenizer, rate, cache, shard_tokens)
     build_once(folder, lambda new: _write(new, corpus, part, tokenizer, rate, quiet, shard_tokens))
     return load(folder)
+
+
+def shards_folder(
+    corpus: Corpus,
+    part: Part,
+    tokenizer: Tokenizer,
+    rate: float,
+    cache: Path,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Path:
+    """Where the tokens of a part are kept; the held-out part's rate is 0."""
+    return cache / "shards" / key_of(VERSION, corpus.key, part, tokenizer.hash, rate, shard_tokens)
 
 
 class _Writer:

@@ -96,7 +96,7 @@ def open_tokenizer(
     given = require_tokenizer(name, vocab_size)
     if given is not None:
         return given
-    folder = cache / "tokenizers" / key_of(VERSION, [corpus.key for corpus in corpora], vocab_size)
+    folder = learnt_folder(corpora, vocab_size, cache)
     build_once(
         folder,
         lambda new: (new / "tokenizer.json").write_text(
@@ -104,6 +104,11 @@ def open_tokenizer(
         ),
     )
     return load(folder / "tokenizer.json")
+
+
+def learnt_folder(corpora: Sequence[Corpus], vocab_size: int, cache: Path) -> Path:
+    """Where a tokenizer that was learnt is kept."""
+    return cache / "tokenizers" / key_of(VERSION, [corpus.key for corpus in corpora], vocab_size)
 
 
 def require_tokenizer(name: str, vocab_size: int) -> Tokenizer | None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from counterflow.config.load import settings
 from counterflow.config.run import RunConfig
 from counterflow.data.corpus import documents
 from counterflow.data.tokenizer import require_tokenizer
-from counterflow.errors import CheckpointError, ConfigError
+from counterflow.errors import CheckpointError, ConfigError, installing
 from counterflow.plan.count import count_parameters
 from counterflow.plan.layout import require_layout
 from counterflow.train import lr
@@ -46,7 +47,8 @@ def started() -> int | None:
 def is_complete(run: RunConfig) -> bool:
     """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
     require_layout(run)
-    if run.train.device == "cpu" or (sys.platform == "linux" and not any(map(os.path.exists, GPUS))):
+    require_tracker(run)
+    if on_cpu(run):
         require_memory(run)
     folder = folder_for(run)
     with locked(folder):
@@ -56,6 +58,11 @@ def is_complete(run: RunConfig) -> bool:
         next(documents(source), None)
     require_tokenizer(run.data.tokenizer, run.model.vocab_size)
     return False
+
+
+def on_cpu(run: RunConfig) -> bool:
+    """Whether a run is surely one of this machine's processors, as far as can be told without torch."""
+    return run.train.device == "cpu" or (sys.platform == "linux" and not any(map(os.path.exists, GPUS)))
 
 
 def _is_complete(run: RunConfig, folder: Path) -> bool:
@@ -74,6 +81,7 @@ def _is_complete(run: RunConfig, folder: Path) -> bool:
 
 def begin(run: RunConfig, folder: Path) -> int | None:
     """The step to go on from, 0 for a start; None where the run is complete."""
+    require_tracker(run)
     if run.keep.resume == "never":
         move_aside(folder)
     step = newest_sound(folder / CHECKPOINTS)
@@ -112,17 +120,30 @@ def folder_for(run: RunConfig) -> Path:
     return Path(run.folder).expanduser().resolve()
 
 
+def require_tracker(run: RunConfig) -> None:
+    """Refuse to log to a service whose package is not there."""
+    if run.keep.wandb and find_spec("wandb") is None:
+        raise ConfigError(
+            f"keep.wandb is '{run.keep.wandb}' and wandb is not installed; leave it out, or: {installing('wandb')}."
+        )
+
+
 def require_memory(run: RunConfig) -> None:
     """Refuse a model whose weights and optimizer alone are more than the CPU's memory, before anything is made."""
     counts = count_parameters(run.model)
     each = BYTES_EACH + (4 if run.train.ema_decay else 0) + (2 if run.train.precision == "bf16" else 0)
     needed = (counts.total + counts.mtp) * each
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = machine_bytes()
     if needed > there:
         raise ConfigError(
             f"{run.name} needs {bytes_(needed)} for weights, gradients and optimizer, and this machine has "
             f"{bytes_(there)}; one process trains smaller models: choose another, or lower its sizes."
         )
+
+
+def machine_bytes() -> int:
+    """The memory of this machine's processors."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def move_aside(folder: Path) -> None:

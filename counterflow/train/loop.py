@@ -32,7 +32,7 @@ from counterflow.train import lr
 from counterflow.train.begin import begin, folder_for, locked, require_memory
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
-from counterflow.train.metrics import Metrics, facts
+from counterflow.train.metrics import Metrics, Tracker, facts
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import write_start
@@ -67,8 +67,9 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
             return 0
         mesh.first_does(lambda: start_from(run, step, checkpoints))
         samples = open_samples(run, mesh)
-        trainer = Trainer(run, samples, mesh)
-        already = resume(trainer, checkpoints, step, samples)
+        with Progress("making the model", shown=mesh.first, file=sys.stdout):
+            trainer = Trainer(run, samples, mesh)
+            already = resume(trainer, checkpoints, step, samples)
         mesh.first_does(lambda: write_run(run, folder, step, samples))
         if mesh.first:
             introduce(trainer, folder, step)
@@ -186,7 +187,10 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
     stopped, collapses, length = 0, set(), trainer.run.data.sequence_length
     planned = lr.num_steps(trainer.run.train, length, trainer.grain), trainer.total * length
     with ExitStack() as stack:
-        metrics = stack.enter_context(closing(Metrics(folder, trainer.steps))) if mesh.first else None
+        tracker = Tracker(folder, trainer.run) if mesh.first and keep.wandb else None
+        metrics = (
+            stack.enter_context(closing(Metrics(folder, trainer.steps, tracker))) if mesh.first else None
+        )
         progress = Progress("", trainer.total, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
         stops = stack.enter_context(stop_signals(progress.note, STOPPING))

@@ -1,17 +1,21 @@
-"""What a run measures, step by step: a line of JSON each, TensorBoard, and what the progress line says.
+"""What a run measures, step by step: a line of JSON each, TensorBoard, a tracking service if wanted, the progress line.
 
 metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its
 checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. Not taken:
 TensorBoard's event files as the record, which nothing else reads and which cannot be cut at a step;
-and a tracking service, which a run without a network would have to do without.
+or a tracking service, which a run without a network would have to do without.
 """
 
 import json
 import math
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from counterflow.config.run import RunConfig
+from counterflow.errors import ConfigError
 from counterflow.progress import sized
 from counterflow.units import count
 
@@ -37,7 +41,7 @@ class Metrics:
     What is there of later steps, or torn, is dropped. The old file stays whole until the new one replaces it.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, tracker: "Tracker | None" = None) -> None:
         rows = [row for row in read(folder) if row["step"] <= step]
         beside = folder / (METRICS + ".new")
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -45,6 +49,7 @@ class Metrics:
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
+        self._tracker = tracker
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -52,18 +57,14 @@ class Metrics:
         self._file.write(json.dumps(_finite(values)) + "\n")
         self._file.flush()
         step = values["step"]
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._board.add_scalar(name, value, step)
-            elif isinstance(value, (list, tuple)):
-                for index, item in enumerate(value, start=1):
-                    self._board.add_scalar(f"{name}/{index}", item, step)
+        found = dict(scalars(values))
+        for name, value in found.items():
+            self._board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.write(found, step)
         self._expert_load(values.get("load", {}), step)
 
     def _expert_load(self, load: Mapping[str, list[int]], step: int) -> None:
-        for layer, counts in load.items():
-            mean = sum(counts) / len(counts)
-            self._board.add_scalar(f"max_vio_by_layer/{layer}", max(counts) / mean - 1 if mean else 0.0, step)
         if load and (step % HEAT_MAP_EVERY == 0 or step == 1):
             import torch
 
@@ -73,9 +74,60 @@ class Metrics:
             self._board.add_image("expert_load, white is three times even", picture[None], step)
 
     def close(self) -> None:
-        """Flush both."""
+        """Flush all."""
         self._file.close()
         self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
+
+
+class Tracker:
+    """A run at Weights & Biases, one id over all its starts, kept in the run's folder.   Fails: ConfigError.
+
+    Steps that a resumed run makes once more were logged before, and the service keeps what it had of them.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        place = folder / "wandb.txt"
+        if not place.is_file():
+            place.write_text(f"{secrets.token_hex(4)}\n")
+        try:
+            self._run = wandb.init(
+                project=run.keep.wandb,
+                name=run.name,
+                id=place.read_text().strip(),
+                resume="allow",
+                dir=str(folder),
+                config=asdict(run),
+                settings=wandb.Settings(console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"keep.wandb is '{run.keep.wandb}' and wandb does not start: {str(error).splitlines()[0]}; run `wandb "
+                "login`, or set WANDB_MODE=offline."
+            ) from None
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """A step's numbers, by TensorBoard's names."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """See everything off."""
+        self._run.finish()
+
+
+def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, number) of all that a step measured: lists by position, the experts' load as MaxVio by layer."""
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and name != "step":
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from ((f"{name}/{index}", item) for index, item in enumerate(value, start=1))
+    for layer, counts in values.get("load", {}).items():
+        mean = sum(counts) / len(counts)
+        yield f"max_vio_by_layer/{layer}", max(counts) / mean - 1 if mean else 0.0
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from counterflow.train.metrics import METRICS, Metrics, facts, read
+from counterflow.config.load import load_run
+from counterflow.errors import ConfigError
+from counterflow.train import begin
+from counterflow.train.metrics import METRICS, Metrics, Tracker, facts, read
 
 
 def step_values(step: int, **more: Any) -> dict[str, Any]:
@@ -124,3 +127,30 @@ def test_a_step_says_the_most_important_first() -> None:
         "MaxVio 0.50",
         "MTP 3.000 3.500",
     ]
+
+
+def test_a_tracked_run_keeps_its_id_over_its_starts(tmp_path: Path, monkeypatch) -> None:
+    """Offline, with the real package: both starts log to one run of the service, by TensorBoard's names."""
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install '.[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = load_run("tiny", ["keep.wandb=project"])
+    for first in (1, 3):
+        written = Metrics(tmp_path, first - 1, Tracker(tmp_path, run))
+        for step in (first, first + 1):
+            written.write(step_values(step))
+        written.close()
+    (number,) = {path.name.rpartition("-")[2] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert number == (tmp_path / "wandb.txt").read_text().strip()
+    logs = [path.read_bytes() for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
+    assert len(logs) == 2 and all(
+        b"max_vio_by_layer/layers.1" in log and b"mtp_loss/2" in log for log in logs
+    )
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_the_start(monkeypatch) -> None:
+    monkeypatch.setattr(begin, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"wandb is not installed; leave it out, or: .* -m pip install '.*wandb"
+    ):
+        begin.is_complete(load_run("tiny", ["keep.wandb=project"]))
