@@ -69,10 +69,10 @@ def ends_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals(say: Callable[[str], object] = lambda text: None, word: str = "") -> Iterator[list[int]]:
+def stop_signals(say: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM while inside, so that no step is cut short; a second SIGINT stops at once.
 
-    `say` is called with `word` in another thread, the moment that the first of them comes.
+    `say` is called in another thread, the moment that the first of them comes.
     """
     got: list[int] = []
     first, taken = threading.Event(), threading.Event()
@@ -86,7 +86,7 @@ def stop_signals(say: Callable[[str], object] = lambda text: None, word: str = "
     def listen(number: int) -> None:
         if number in (signal.SIGINT, signal.SIGTERM) and not first.is_set():
             first.set()
-            say(word)
+            say()
         elif number == signal.SIGINT and not taken.wait(GRACE_S):
             end_now()
 

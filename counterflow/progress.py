@@ -110,7 +110,7 @@ class Progress:
         last = self._stays and len(self._work) == 1 and work.total is not None and done >= work.total
         if self._shown and self._live is None and (time.monotonic() >= self._due or last):
             self._due = time.monotonic() + EVERY_S
-            print(work.line(1000, bar=False), file=self._file, flush=True)
+            print(self.said(), file=self._file, flush=True)
 
     def advance(self, by: float, *facts: str) -> None:
         """So much more is done."""
@@ -124,6 +124,10 @@ class Progress:
             yield
         finally:
             self._work.pop()
+
+    def said(self) -> str:
+        """The line as it is now, without a bar."""
+        return self._work[-1].line(1000, bar=False)
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -39,7 +39,7 @@ def test_a_command_that_a_library_keeps_ends_without_it():
 def test_a_stop_is_answered_while_the_step_goes_on_and_a_second_ends_it():
     code = (
         "from counterflow.interrupt import stop_signals\n"
-        f"with stop_signals(lambda word: print(word, flush=True), 'Stopping'):\n {KEPT}"
+        f"with stop_signals(lambda: print('Stopping', flush=True)):\n {KEPT}"
     )
     assert interrupted(code, signal.SIGINT) == (130, "counterflow: interrupted.\n")
 
@@ -57,7 +57,7 @@ def test_what_can_take_the_interrupt_is_given_it_and_tidies_up():
 def test_signals_are_collected_said_once_and_the_handlers_go_again():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     said, heard = [], threading.Event()
-    with stop_signals(lambda word: (said.append(word), heard.set()), "Stopping") as got:
+    with stop_signals(lambda: (said.append("Stopping"), heard.set())) as got:
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):

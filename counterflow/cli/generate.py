@@ -130,3 +130,4 @@ def print_sample(folder: str) -> None:
     text = generate(Generate(run=folder, prompt=SAMPLE_PROMPT, max_tokens=SAMPLE_TOKENS, seed=0))
     (Path(folder) / "sample.txt").write_text(text, encoding="utf-8")
     print(f"\nThe run's page: {write_report(Path(folder))}")
+    print(f"Its curves beside those of other runs: tensorboard --logdir {Path(folder).parent}")

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,8 @@ from counterflow.schedule.words import Schedule, Span
 from counterflow.units import aligned
 
 FILES = (".csv", ".txt", ".text", ".schedule")
+FIGURE_5 = "dualpipe"
+"""What is shown where nothing is named."""
 WIDTH = 136
 """Columns where no terminal tells: Figure 5's 66 units of time get two each."""
 
@@ -86,6 +88,8 @@ class Simulated:
 def run(arguments: Sequence[str]) -> int:
     """Print what was asked for and write the files."""
     wish = _parse(arguments)
+    if not wish.names and not wish.table2:
+        wish = replace(wish, names=(FIGURE_5,))
     _require(wish)
     several = len(wish.names) > 1
     found = [_simulated(name, wish, several) for name in wish.names]
@@ -135,8 +139,6 @@ def _require(wish: Wish) -> None:
             f"--costs.w is {costs.w:g} and --costs.b {costs.b:g}; b is the whole backward with its weight part: "
             f"take b {costs.f + costs.w:g}, or w {costs.b / 2:g}."
         )
-    if not wish.names and not wish.table2:
-        raise ConfigError(f"no schedule is named; {nearest('', SCHEDULES)} Or --table2.")
     if wish.run is not None and not wish.table2:
         raise ConfigError("--run is for Table 2's measured column; add --table2.")
     if len(wish.names) != 1 and (wish.trace or wish.csv):

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,9 @@ def serve(wish: Serve, mesh: "Mesh") -> None:
     with ExitStack() as stack:
         taken: list[socket] = []
         mesh.first_does(lambda: taken.append(stack.enter_context(listening(listen))))
-        stack.enter_context(stop_signals())  # the first tells the others when to end
+        stack.enter_context(
+            stop_signals(say_stopping(wish.grace_s, mesh))
+        )  # the first tells the others when to end
         if not mesh.first:
             follow(engine, links[0])
             return
@@ -105,6 +107,12 @@ def serve(wish: Serve, mesh: "Mesh") -> None:
         web.run(sockets=taken)
         if service.worker.failure is not None:
             raise service.worker.failure
+
+
+def say_stopping(grace_s: int, mesh: "Mesh") -> Callable[[], object]:
+    """Says on the first rank that texts under way are let end."""
+    word = f"Stopping; texts under way may end within {grace_s} s. Ctrl-C again stops at once."
+    return lambda: print(word, flush=True) if mesh.first else None
 
 
 def listening_of(wish: Serve) -> "ServerSettings":

@@ -24,8 +24,11 @@ def run(arguments: Sequence[str]) -> int:
     found = find(query)
     if not found:
         known = {home.item for home in items()}
-        hint = nearest(query, known) if query else 'name an item, such as "eq 16", "fig 2" or "§4.2".'
-        raise ConfigError(f"'{query}' has no home in the code; {hint}")
+        if not query:
+            raise ConfigError(
+                'name an item of the report, such as "eq 16", "fig 2" or "§4.2", or words of it.'
+            )
+        raise ConfigError(f"no item of the report in the code is called '{query}'; {nearest(query, known)}")
     for home, tests in found:
         print(f"{home.file}:{home.line}  {home.item}  {home.sentence}")
         for test in tests:

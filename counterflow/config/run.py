@@ -76,8 +76,8 @@ class LearningRate:
         marks = (0.0, self.warmup, self.constant_until, self.cosine_until, self.last_from, 1.0)
         if not all(before <= after for before, after in pairwise(marks)):
             raise ConfigError(
-                f"train.lr phases end at {marks[1:-1]}; they must rise from 0 to 1: "
-                "warmup <= constant_until <= cosine_until <= last_from."
+                f"train.lr's phases end at {', '.join(f'{mark:g}' for mark in marks[1:-1])}; they must rise from 0 to "
+                "1: warmup <= constant_until <= cosine_until <= last_from."
             )
         for name in ("floor", "last"):
             _at_least(f"train.lr.{name}", getattr(self, name), 0)

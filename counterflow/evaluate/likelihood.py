@@ -5,18 +5,20 @@ every token has at least half a window before it. The text begins a document, an
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.config.run import Source
-from counterflow.data.corpus import documents
+from counterflow.data.corpus import documents, files
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
 from counterflow.model.transformer import Transformer
-from counterflow.progress import watched
+from counterflow.progress import Progress, sized
+from counterflow.units import bytes_
 
 LN2 = 0.6931471805599453
 
@@ -29,6 +31,10 @@ class Perplexity:
     tokens: int
     bytes: int
     documents: int
+
+    def __add__(self, other: "Perplexity") -> "Perplexity":
+        """Of both texts."""
+        return Perplexity(*(one + two for one, two in zip(astuple(self), astuple(other))))
 
     @property
     def bits_per_byte(self) -> float:
@@ -78,22 +84,53 @@ def nll(model: Transformer, tokenizer: Tokenizer, text: str) -> Float[Tensor, "S
 
 
 def perplexity(
-    model: Transformer, tokenizer: Tokenizer, source: Source, most_bytes: float = float("inf")
+    model: Transformer,
+    tokenizer: Tokenizer,
+    source: Source,
+    most_bytes: float = float("inf"),
+    shown: bool = True,
 ) -> Perplexity:
     """Over the documents of a source, each for itself, until so many bytes are read.   Fails: DataError without text.
 
     Cost: one forward over every token, about half of them twice where documents are longer than a window.
     """
-    nats, tokens, size, number = 0.0, 0, 0, 0
-    for document in watched(documents(source), f"reading {source.path}"):
-        losses = nll(model, tokenizer, document.text)
-        nats, tokens = nats + losses.double().sum().item(), tokens + len(losses)
-        size, number = size + len(document.text.encode()), number + 1
-        if size >= most_bytes:
-            break
-    if not tokens:
+    found = Perplexity(0.0, 0, 0, 0)
+    most = min(most_bytes, sum(path.stat().st_size for _, path in files(source)))
+    with Progress(f"reading {source.path}", most, shown=shown) as progress, _told_when_interrupted(progress):
+        for document in documents(source):
+            size = len(document.text.encode())
+            for part in _parts(model, tokenizer, document.text, size):
+                found = found + part
+                bits = found.nats / LN2 / max(1, found.bytes)
+                read = sized(found.bytes, max(most, found.bytes), bytes_)
+                progress.update(found.bytes, f"{bits:.3f} bits per byte so far", read)
+            found = replace(found, documents=found.documents + 1)
+            if found.bytes >= most_bytes:
+                break
+    if not found.tokens:
         raise DataError(f"'{source.path}' holds no text; give files with text, or the field that holds it.")
-    return Perplexity(nats, tokens, size, number)
+    return found
+
+
+@contextmanager
+def _told_when_interrupted(progress: Progress) -> Iterator[None]:
+    """What was found until then is said, so that a long reading is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.note(progress.said())
+        raise
+
+
+def _parts(model: Transformer, tokenizer: Tokenizer, text: str, size: int) -> Iterator[Perplexity]:
+    """Of each window of a text of `size` bytes, which its windows share by their tokens."""
+    ids, done, told = ids_of(model, tokenizer, text), 0, 0
+    for log_p, targets in predictions(model, ids):
+        done += len(targets)
+        reached = size * done // (len(ids) - 1)
+        nats = -log_p.gather(1, targets[:, None]).double().sum().item()
+        yield Perplexity(nats, len(targets), reached - told, 0)
+        told = reached
 
 
 def binoculars(observer: Transformer, performer: Transformer, tokenizer: Tokenizer, text: str) -> float:

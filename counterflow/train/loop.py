@@ -193,7 +193,7 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
         )
         progress = Progress("", trainer.total, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
-        stops = stack.enter_context(stop_signals(progress.note, STOPPING))
+        stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
         while trainer.sample < trainer.total and not stopped:
             values = timed_step(trainer, folder)
             last = trainer.sample >= trainer.total

@@ -123,6 +123,12 @@ def test_train_help_lists_settings_with_their_meaning(capsys):
         (["train", "--train.lr.peek", "1"], "did you mean 'train.lr.peak'?"),
         (["train", "--train.tokens"], "--train.tokens has no value"),
         (["train", "tinny"], "did you mean 'tiny'?"),
+        (["where"], 'name an item of the report, such as "eq 16"'),
+        (["where", "eq 99"], "no item of the report in the code is called 'eq 99'"),
+        (
+            ["train", "train.lr.warmup=0.9"],
+            "train.lr's phases end at 0.9, 0.676, 0.966, 0.9887; they must rise",
+        ),
         (["train", "nowhere.toml"], "cannot be read"),
         (["train", "tiny", "model.num_heads=none"], "must be a whole number"),
     ],

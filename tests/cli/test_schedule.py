@@ -45,6 +45,10 @@ def test_fig5_the_documented_example(capsys, monkeypatch):
     assert "Table 2's formula gives 6 idle: exact." in out
 
 
+def test_fig5_is_what_is_shown_where_nothing_is_named(capsys):
+    assert printed(capsys) == printed(capsys, "dualpipe", "--ranks", "8", "--microbatches", "20")
+
+
 def test_it_is_quick_and_imports_no_torch():
     """The best of three, since a busy machine is not the command's fault."""
     heavy = "sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules))"
@@ -143,7 +147,6 @@ def test_a_comparison_is_drawn_one_over_the_other(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "no schedule is named; known: 1f1b, dualpipe"),
         (["dualpip"], "'dualpip' is no schedule; did you mean 'dualpipe'?"),
         (["dualpipe", "--ranks", "7"], "must be even: take 8"),
         (["dualpipe", "--microbatches", "14"], "take 16"),

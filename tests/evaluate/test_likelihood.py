@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from counterflow.cli import main
 from counterflow.config.run import Source
 from counterflow.errors import ConfigError, DataError
+from counterflow.evaluate import likelihood
 from counterflow.evaluate.expert_load import counts, draw, expert_load, relative_load
 from counterflow.evaluate.likelihood import binoculars, ids_of, nll, perplexity, windows
 from tests.data.test_tokenizer import learnt
@@ -115,6 +118,22 @@ def folder(tokenizer, tmp_path) -> Path:
     return tmp_path
 
 
+def test_a_reading_that_is_interrupted_says_what_it_found(tokenizer, tmp_path, monkeypatch, capsys):
+    (path := tmp_path / "a.txt").write_text(TEXT)
+    whole = likelihood.predictions
+
+    def cut(*given):
+        yield from islice(whole(*given), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(likelihood, "predictions", cut)
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(MODEL, tokenizer, Source(str(path)))
+    assert re.search(
+        r"reading .*a\.txt  \d\.\d{3} bits per byte so far  \d+ of \d+ B", capsys.readouterr().err
+    )
+
+
 def test_the_commands_write_what_they_measure(folder, tokenizer, capsys):
     text, one = str(folder / "text.txt"), str(folder / "one")
     assert main(["evaluate", "perplexity", text, "--run", one, "--json", str(folder / "p.json")]) == 0
@@ -136,7 +155,7 @@ def test_the_commands_write_what_they_measure(folder, tokenizer, capsys):
     assert main([*words[:2], str(folder / "empty.txt"), *words[3:]]) == 2
     assert main(["evaluate", "perplexity", text, "--run", one, "--max_bytes=-5"]) == 2
     errors = capsys.readouterr().err
-    assert "--run is missing" in errors and "compares two models" in errors
+    assert "--run is missing" in errors and "--performer is missing" in errors
     assert "empty.txt hold no text" in errors and "max_bytes is -5.0; it must be at least 1" in errors
 
 
