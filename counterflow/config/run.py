@@ -64,6 +64,8 @@ class LearningRate:
     warmup: float = 0.0085
     """Linear from 0 over this fraction of the run. The report's 2K steps are 0.0019 of its tokens, since they lie at
     the start of its batch ramp; 0.0085 would be 2K steps of its full batch."""
+    warmup_steps: int = 0
+    """Optimizer steps that the warm-up has at least, in a short run up to half of it."""
     constant_until: float = 0.676
     cosine_until: float = 0.966
     floor: float = 0.1
@@ -79,7 +81,7 @@ class LearningRate:
                 f"train.lr's phases end at {', '.join(f'{mark:g}' for mark in marks[1:-1])}; they must rise from 0 to "
                 "1: warmup <= constant_until <= cosine_until <= last_from."
             )
-        for name in ("floor", "last"):
+        for name in ("floor", "last", "warmup_steps"):
             _at_least(f"train.lr.{name}", getattr(self, name), 0)
 
 
@@ -109,6 +111,9 @@ class Train:
     mtp_change_at: float = 0.676
     bias_speed: float = 0.001
     """γ until `bias_stop_at`, then 0; 0 trains without the auxiliary-loss-free bias."""
+    bias_speed_start: float = 0.0
+    """γ at the first step, from where it falls linearly to `bias_speed` over the warm-up; 0: `bias_speed` throughout.
+    Early in a run all tokens are nearly alike, and experts' scores drift faster than later."""
     bias_stop_at: float = 0.966
     ema_decay: float = 0.0
     """Decay per step of the averaged weights kept on the CPU; 0 keeps none."""
@@ -153,7 +158,9 @@ class Train:
                 raise ConfigError(
                     f"train.{name} is {getattr(self, name)}; it must be at least 0 and below 1."
                 )
-        for name in ("weight_decay", "mtp_weight", "mtp_weight_late", "bias_speed", "threads"):
+        for name in ("weight_decay", "mtp_weight", "mtp_weight_late", "threads"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        for name in ("bias_speed", "bias_speed_start"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.device not in DEVICES:
             raise ConfigError(f"train.device is '{self.device}'; {nearest(self.device, DEVICES)}")

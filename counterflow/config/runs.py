@@ -10,7 +10,7 @@ REPORT = Train(
     batch_size=15360,
     batch_start=3072,
     micro_batch_size=1,
-    lr=LearningRate(warmup=0.0019),
+    lr=LearningRate(warmup=0.0019, warmup_steps=2000),
     ema_decay=0.999,
     precision="bf16",
     recompute="attention",
@@ -19,7 +19,14 @@ REPORT = Train(
 lie where the batch is still near its start."""
 
 V2_LITE = LearningRate(
-    peak=4.2e-4, warmup=0.0284, constant_until=0.8, cosine_until=0.8, floor=0.316, last_from=0.9, last=0.1
+    peak=4.2e-4,
+    warmup=0.0284,
+    warmup_steps=2000,
+    constant_until=0.8,
+    cosine_until=0.8,
+    floor=0.316,
+    last_from=0.9,
+    last=0.1,
 )
 """V2-Lite's: 2K steps of warm-up (38 of 1330 billion tokens), then × 0.316 at 80 % and again at 90 %."""
 
@@ -49,7 +56,7 @@ RUNS: Mapping[str, RunConfig] = {
             batch_size=128,
             batch_start=32,
             micro_batch_size=8,
-            lr=LearningRate(peak=6e-4),
+            lr=LearningRate(peak=6e-4, warmup_steps=100),
             ema_decay=0.999,
             precision="bf16",
         ),

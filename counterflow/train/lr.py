@@ -7,16 +7,21 @@ not allowed, the one before it grown) so that the run ends where it was planned.
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 from counterflow.config.run import Train
 
 
-def learning_rate(train: Train, done: float) -> float:
-    """Linear warm-up, constant, cosine to the floor, constant, and a last lower constant. [§4.2]"""
+def learning_rate(train: Train, done: float, warmup: float = 0.0) -> float:
+    """Linear warm-up, constant, cosine to the floor, constant, and a last lower constant. [§4.2]
+
+    `warmup` is the share of the run that the warm-up takes at least.
+    """
     lr = train.lr
-    if done < lr.warmup:
-        return lr.peak * done / lr.warmup
+    warmup = max(warmup, lr.warmup)
+    if done < warmup:
+        return lr.peak * done / warmup
     if done < lr.constant_until:
         return lr.peak
     if done < lr.cosine_until:
@@ -30,9 +35,13 @@ def mtp_weight(train: Train, done: float) -> float:
     return train.mtp_weight if done < train.mtp_change_at else train.mtp_weight_late
 
 
-def bias_speed(train: Train, done: float) -> float:
+def bias_speed(train: Train, done: float, warmup: float = 0.0) -> float:
     """γ: how far a router's bias moves in a step."""
-    return train.bias_speed if done < train.bias_stop_at else 0.0
+    if done >= train.bias_stop_at:
+        return 0.0
+    if not train.bias_speed_start or done >= warmup:
+        return train.bias_speed
+    return train.bias_speed_start + (train.bias_speed - train.bias_speed_start) * done / warmup
 
 
 class Grain(NamedTuple):
@@ -67,6 +76,16 @@ def steps(train: Train, sequence_length: int, grain: Grain | None = None) -> Ite
         batch = batch_size(train, sequence_length, sample, grain)
         yield batch
         sample += batch
+
+
+def warmup(train: Train, sequence_length: int, grain: Grain | None = None) -> float:
+    """Share of the run's samples that the warm-up takes: `lr.warmup`, or as many as its least number of steps has.
+
+    The latter up to half of the run and not beyond the end of the constant phase, so that the phases keep their order.
+    """
+    least = sum(islice(steps(train, sequence_length, grain), train.lr.warmup_steps))
+    share = least / total_samples(train, sequence_length, grain)
+    return max(train.lr.warmup, min(share, 0.5, train.lr.constant_until))
 
 
 def num_steps(train: Train, sequence_length: int, grain: Grain | None = None) -> int:

@@ -73,6 +73,7 @@ class Trainer:
         self.sample, self.steps = 0, 0
         self.grain = Grain(*require_layout(run))
         self.total = lr.total_samples(run.train, run.data.sequence_length, self.grain)
+        self.warmup = lr.warmup(run.train, run.data.sequence_length, self.grain)
 
     @property
     def done(self) -> float:
@@ -90,7 +91,7 @@ class Trainer:
         self.require_finite(totals, norm.item())
         waited = self.waited()
         self.optimizer.clip(norm)
-        rate, speed = lr.learning_rate(train, self.done), lr.bias_speed(train, self.done)
+        rate, speed = self.rates()
         self.optimizer.step(rate)
         for row, _, bias in self.routers:
             if row < len(totals.counts):
@@ -119,6 +120,11 @@ class Trainer:
             **self.traffic(),
             **self.load(totals.counts),
         }
+
+    def rates(self) -> tuple[float, float]:
+        """Learning rate and bias speed of the next step."""
+        train, done = self.run.train, self.done
+        return lr.learning_rate(train, done, self.warmup), lr.bias_speed(train, done, self.warmup)
 
     def accumulate(self, batch: int, mtp_weight: float, record: Recorder | None = None) -> Totals:
         """Gradients here, and losses and counts of all ranks, of the next `batch` samples."""

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from counterflow.config.run import Train
+from counterflow.config.run import LearningRate, Train
 from counterflow.config.runs import RUNS
 from counterflow.train import lr
 
@@ -40,6 +41,42 @@ def test_the_report_warms_up_in_2000_steps(name):
 def test_mtp_weight_and_bias_speed_change_where_the_report_says():
     assert [lr.mtp_weight(TRAIN, tokens / 14.8) for tokens in (9.9, 10.1)] == [0.3, 0.1]
     assert [lr.bias_speed(TRAIN, tokens / 14.8) for tokens in (14.2, 14.4)] == [0.001, 0.0]
+
+
+def test_the_warm_up_has_its_least_steps_where_the_run_is_long_enough():
+    train = Train(
+        batch_size=16,
+        batch_start=8,
+        batch_ramp_until=0.5,
+        micro_batch_size=8,
+        lr=LearningRate(peak=1.0, warmup=0.01, warmup_steps=20),
+        bias_speed=0.001,
+        bias_speed_start=0.02,
+    )
+    for tokens, whole in ((1e5, True), (4e3, False), (16, False), (1e7, True)):
+        train = replace(train, tokens=tokens)
+        warmup, total, seen = lr.warmup(train, 16), lr.total_samples(train, 16), 0
+        rates, speeds = [], []
+        for batch in lr.steps(train, 16):
+            rates.append(lr.learning_rate(train, seen / total, warmup))
+            speeds.append(lr.bias_speed(train, seen / total, warmup))
+            seen += batch
+        rising = sum(rate < 1.0 for rate in itertools.takewhile(lambda rate: rate < 1.0, rates))
+        least = rising >= 20 if whole else math.isclose(warmup, 0.5)
+        assert least and rates[0] == 0 and sorted(rates[: rising + 1]) == rates[: rising + 1]
+        assert speeds[0] == 0.02 and sorted(speeds, reverse=True) == speeds
+        assert speeds[rising : rising + 1] in ([0.001], [])
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_that_warms_up_long_enough_by_itself_is_unchanged(name):
+    """The least number of steps serves runs that are made shorter."""
+    run = RUNS[name]
+    share = lr.warmup(run.train, run.data.sequence_length)
+    if name.startswith("v3"):
+        assert share == run.train.lr.warmup
+    shorter = replace(run.train, tokens=run.train.tokens / 1000)
+    assert lr.warmup(shorter, run.data.sequence_length) >= share
 
 
 @given(
