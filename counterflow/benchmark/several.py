@@ -29,9 +29,9 @@ from counterflow.benchmark.several_predicted import (
 from counterflow.benchmark.several_shown import readme, said
 from counterflow.errors import CounterflowError
 from counterflow.plan.hardware import Hardware, hardware
-from counterflow.schedule import picture, trace
+from counterflow.schedule import trace
 from counterflow.train.provenance import provenance
-from counterflow.train.timeline import caption
+from counterflow.train.timeline import caption, drawn
 
 NOTHING = "no step came by the backend that was asked for, before"
 CPU_SLACK = 10.0
@@ -197,14 +197,14 @@ class Run:
         row["errors"] = errors(predicted, row)
         if part.run.parallel.dispatch != self.wish.dispatch[0]:
             row["by_collective"] = NOTHING
-        ranks, drawn = scheduled(part.run)[0].ranks, {}
+        schedule, named = scheduled(part.run)[0], {}
         for what, some in (
             ("predicted by the planner before the run", predicted.spans),
             ("simulated from the step's own op times", simulated_from(part.run, way, spans)),
             ("measured (a transfer that overlaps is drawn while it is issued)", spans),
         ):
-            drawn[caption(what, some, ranks)] = some
-        svg = picture.compare(drawn, ranks)
+            named[caption(what, some, schedule.ranks)] = some
+        svg = drawn(schedule, named)
         (self.record.folder / f"{_file(row['name'])}.svg").write_text(svg, encoding="utf-8")
 
 

@@ -59,6 +59,8 @@ class Wish:
     """Print the text form alone, which a file may hold and this command reads."""
     svg: str | None = None
     """Draw into this file."""
+    theme: str = ""
+    """For --svg: light or dark; empty: as the reader's browser has it."""
     trace: str | None = None
     """Write a Chrome trace, for Perfetto, into this file."""
     csv: str | None = None
@@ -139,6 +141,8 @@ def _require(wish: Wish) -> None:
             f"--costs.w is {costs.w:g} and --costs.b {costs.b:g}; b is the whole backward with its weight part: "
             f"take b {costs.f + costs.w:g}, or w {costs.b / 2:g}."
         )
+    if wish.theme and wish.theme not in picture.THEMES:
+        raise ConfigError(f"--theme is '{wish.theme}'; {nearest(wish.theme, picture.THEMES)}")
     if wish.run is not None and not wish.table2:
         raise ConfigError("--run is for Table 2's measured column; add --table2.")
     if len(wish.names) != 1 and (wish.trace or wish.csv):
@@ -333,7 +337,8 @@ def _write_files(wish: Wish, found: Sequence[Simulated], drawn: dict[str, tuple[
             raise ConfigError("--svg has nothing to draw; name a schedule.")
         unit = "s" if "measured" in drawn else ""
         named = {title: spans for title, (spans, _) in drawn.items()}
-        _write(wish.svg, picture.compare(named, {title: ranks for title, (_, ranks) in drawn.items()}, unit))
+        ranks = {title: number for title, (_, number) in drawn.items()}
+        _write(wish.svg, picture.compare(named, ranks, unit, wish.theme))
     if wish.trace:
         _write(wish.trace, trace.write(found[0].spans))
     if wish.csv:

@@ -201,7 +201,8 @@ class Parallel:
     """Multiprocessors of a GPU for communication: they bound its kernels and NCCL, and matmuls leave them free;
     0: as many as each takes by itself."""
     record_step: int = 0
-    """The step whose ops are timed for the timeline; 0: the third."""
+    """The step whose ops are timed for the timeline; 0: the 50th, or the middle one of a shorter run (until then the
+    third)."""
     restarts: int = 0
     """How often all processes of this machine are started again from the last checkpoint when one dies."""
 

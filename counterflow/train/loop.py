@@ -40,8 +40,9 @@ from counterflow.train.timeline import write_timeline
 from counterflow.train.trainer import Trainer
 from counterflow.units import count, seconds
 
-RECORD_STEP = 3
-"""The step whose ops are timed: after the first two, which pay for warming up."""
+FIRST_RECORD, RECORD = 3, 50
+"""Steps whose ops are timed: the first, so that a run that is soon stopped has a timeline too, is slow and routes
+unevenly; the second, or in a short run its middle, takes its place."""
 GIVEN = ("master.", "bias.")
 """What a run takes from its step 0, where it has one."""
 OTHER_TEXT = "a source or the tokenizer"
@@ -218,15 +219,22 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
 
 def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """One step; that of `parallel.record_step` leaves its timeline."""
-    wanted = trainer.run.parallel.record_step or RECORD_STEP
-    if trainer.pipeline is None or trainer.steps + 1 != wanted:
+    if trainer.pipeline is None or trainer.steps + 1 not in recorded_steps(trainer.run, trainer.grain):
         return trainer.step()
     recorder = Recorder(trainer.device)
     values = trainer.step(recorder)
     spans = [span for rank in trainer.mesh.everyone(recorder.spans()) for span in rank]
     if trainer.mesh.first and trainer.pipeline.last:
-        write_timeline(folder, *trainer.pipeline.last, spans)
+        write_timeline(folder, *trainer.pipeline.last, spans, trainer.steps)
     return values
+
+
+def recorded_steps(run: RunConfig, grain: Grain) -> tuple[int, ...]:
+    """The steps that leave their timeline, each over the one before."""
+    if run.parallel.record_step:
+        return (run.parallel.record_step,)
+    whole = lr.num_steps(run.train, run.data.sequence_length, grain)
+    return min(FIRST_RECORD, whole), max(min(FIRST_RECORD, whole), min(RECORD, whole // 2))
 
 
 def collapsed(values: dict[str, Any], known: set[str]) -> Iterator[str]:

@@ -169,6 +169,7 @@ def test_a_comparison_is_drawn_one_over_the_other(tmp_path, capsys):
         (["--table2", "--run", "/nowhere"], "--run is '/nowhere', which is no folder"),
         (["--table2", "--ranks", "5"], "Table 2's PP must be even: take 6"),
         (["--table2", "--svg", "x.svg"], "--svg has nothing to draw"),
+        (["1f1b", "--svg", "x.svg", "--theme", "drk"], "did you mean 'dark'?"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(words, says, capsys, tmp_path, monkeypatch):

@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.schedule import SCHEDULES
-from counterflow.schedule.picture import LEFT, compare, svg, terminal
+from counterflow.schedule.picture import LEFT, LINE, PLOT, RIGHT, THEMES, compare, svg, terminal
 from counterflow.schedule.simulate import Costs, makespan, simulate, simulate_ops
-from counterflow.schedule.words import Chunk, Kind, Span, StageId
+from counterflow.schedule.words import Chunk, Kind, Op, Part, Span, StageId
 from tests.schedule.cases import cases, equal_plans, made
 
 pytestmark = pytest.mark.pure
+WIDTH = LEFT + PLOT + RIGHT
 SPACE = "{http://www.w3.org/2000/svg}"
 
 
 def boxes(text: str) -> list[ElementTree.Element]:
-    """The rectangles of spans, without second halves, legend and background."""
+    """The rectangles of spans, without second halves, legend, waits, frames and background."""
     found = ElementTree.fromstring(text).iter(f"{SPACE}rect")
-    return [box for box in found if not {"h", "l", "bg"} & set((box.get("class") or "").split())]
+    return [box for box in found if not {"h", "l", "w", "z", "bg"} & set((box.get("class") or "").split())]
 
 
 def tip(box: ElementTree.Element) -> str:
@@ -43,7 +44,8 @@ def test_every_cell_is_drawn_once_in_proportion_to_its_time(case, size, start):
     spans = simulate(schedule, Costs(size, 2.3 * size, size, 2.9 * size))
     shifted = [replace(span, start=span.start + start, end=span.end + start) for span in spans]
     rows = lanes(svg(shifted, schedule.ranks))
-    assert len(rows) == schedule.ranks
+    assert len(rows) in (schedule.ranks, 2 * schedule.ranks), "once, or its middle once more"
+    rows = rows[: schedule.ranks]
     whole = makespan(spans)
     every = [box for row in rows for box in row]
     right = max(float(box.get("x")) + float(box.get("width")) for box in every)
@@ -71,7 +73,7 @@ def test_a_pair_is_framed_and_halved_in_two_colours():
 def test_ops_have_two_lanes_a_rank():
     schedule = SCHEDULES["dualpipe"](4, 8)
     spans = simulate_ops(schedule, equal_plans(schedule), lambda rank, op: 1e-3)
-    rows = lanes(svg(spans, 4, "measured"))
+    rows = lanes(svg(spans, 4, "measured"))[:8]
     assert len(rows) == 8 and sum(map(len, rows)) == len(spans)
     names = [{tip(box).split(" ")[0].rstrip("0123456789") for box in row} for row in rows]
     assert set().union(*names[::2]) == {"EMBED", "ATTN", "MLP", "HEAD"}
@@ -99,10 +101,76 @@ def test_the_axis_has_round_numbers_where_they_belong():
     root = ElementTree.fromstring(svg(spans, 8, unit=""))
     right = max(float(box.get("x")) + float(box.get("width")) for box in boxes(svg(spans, 8)))
     ticks = [float(line.get("x1")) for line in root.iter(f"{SPACE}line")]
-    labels = [text.text for text in root.iter(f"{SPACE}text") if text.get("x") in {f"{t:.7g}" for t in ticks}]
-    assert labels[:3] == ["0", "5", "10"] and len(labels) == len(ticks) == 14
+    labels = [text.text for text in root.iter(f"{SPACE}text") if text.get("class") == "m a"]
+    assert labels[:3] == ["0", "10", "20"] and len(labels) == len(ticks) == 7
     for tick, label in zip(ticks, labels):
         assert tick == pytest.approx(LEFT + float(label) / 66 * right, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "count", "larger"),
+    [("dualpipe", 8, 20, False), ("dualpipe", 16, 120, True), ("zb1p", 4, 8, False)],
+)
+def test_a_picture_is_a_page_wide_and_where_numbers_have_no_room_its_middle_is_larger(
+    name, ranks, count, larger
+):
+    spans = simulate(SCHEDULES[name](ranks, count))
+    text = svg(spans, ranks, "a name")
+    root = ElementTree.fromstring(text)
+    width, height = map(float, root.get("viewBox").split()[2:])
+    assert width == WIDTH and root.get("width") == f"{WIDTH}"
+    for box in [*boxes(text), *(box for box in root.iter(f"{SPACE}rect") if box.get("class") in ("w", "z"))]:
+        right = float(box.get("x")) + float(box.get("width"))
+        assert float(box.get("x")) >= 0 and right <= width, "a box outside of the picture"
+    for word in root.iter(f"{SPACE}text"):
+        assert 0 <= float(word.get("x")) <= width and float(word.get("y")) <= height
+    assert [box.get("class") for box in root.iter(f"{SPACE}rect")].count("z") == larger
+    assert len(lanes(text)) == ranks * (1 + larger)
+    shown = lanes(text)[-ranks:]
+    whole = [box for row in shown for box in row[1:-1]]
+    chunks = sum(1 + ("&" in tip(box)) for box in whole)
+    groups = [group for group in root.iter(f"{SPACE}g") if group.get("class") == "m"][-ranks:]
+    assert sum(len(list(group.iter(f"{SPACE}text"))) for group in groups) >= chunks, (
+        "a chunk without its number"
+    )
+
+
+def test_the_legend_names_what_is_drawn_and_nothing_else():
+    cell, pair = (
+        (Chunk(Kind.F, StageId(0, 0), 0),),
+        (Chunk(Kind.F, StageId(1, 0), 1), Chunk(Kind.B, StageId(0, 0), 0)),
+    )
+    forward, waits, number = "forward", "waiting", "a number: the micro-batch"
+    assert legend(svg([Span(0, cell, 0, 1)], 1)) == [forward, waits, number]
+    lighter, halves = "lighter: in the reverse direction", "two halves in an outline: both overlapped"
+    both = svg([Span(0, cell, 0, 1), Span(0, pair, 1, 3)], 1)
+    assert legend(both) == [forward, "backward", lighter, waits, halves, number]
+    op = Op(Kind.F, Part.ATTN, 2, cell[0])
+    text = svg([Span(0, op, 0, 1)], 1)
+    assert legend(text) == [forward, waits, "a word: part and layer"] and ">ATTN 2<" in text
+
+
+def legend(text: str) -> list[str]:
+    """Its entries."""
+    root = ElementTree.fromstring(text)
+    last = max(float(line.get("y2")) for line in root.iter(f"{SPACE}line"))
+    return [word.text for word in root.iter(f"{SPACE}text") if float(word.get("y")) > last + 2 * LINE]
+
+
+def test_transfers_that_take_no_time_get_no_row():
+    chunk = Chunk(Kind.F, StageId(0, 0), 0)
+    for moving, rows in ((1e-4, 1), (0.5, 2)):
+        spans = [Span(0, Op(Kind.F, Part.ATTN, 1, chunk), 0, 1)]
+        spans.append(Span(0, Op(Kind.F, Part.DISPATCH, 1, chunk), 1, 1 + moving))
+        text = svg(spans, 1)
+        assert len(lanes(text)) == rows and ("dispatch, combine" in text) == (rows == 2)
+
+
+def test_themes_are_the_readers_or_one():
+    spans = simulate(SCHEDULES["1f1b"](2, 4))
+    free, light, dark = (compare({"": spans}, 2, theme=theme) for theme in ("", "light", "dark"))
+    assert "prefers-color-scheme" in free and "prefers-color-scheme" not in light + dark
+    assert THEMES["dark"]["paper"] in dark and THEMES["dark"]["paper"] not in light
 
 
 def test_nothing_and_no_time_can_be_drawn():
