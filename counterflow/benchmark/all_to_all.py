@@ -31,11 +31,12 @@ SCALE = 128
 
 @dataclass(frozen=True)
 class AllToAll:
-    """What is timed; the defaults are the report's layer."""
+    """What is timed; the defaults are the report's layer, and on a CPU a narrow one."""
 
-    tokens: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-    """Of a rank, each a point of the curve."""
-    hidden: int = 7168
+    tokens: tuple[int, ...] = ()
+    """Of a rank, each a point of the curve; none: powers of two from 128 to 16384, on a CPU to 1024."""
+    hidden: int = 0
+    """0: 7168, on a CPU 1024."""
     experts: int = 256
     """On all ranks together."""
     top: int = 8
@@ -47,8 +48,18 @@ class AllToAll:
     routing: str = "uniform"
     """uniform, node-limited (half of the ranks), skewed, one expert, or empty rank."""
     rounds: int = 20
+    """At most."""
     warmups: int = 20
     seed: int = 0
+    seconds: float = 60.0
+    """All rounds together on a CPU, about: fewer are made where they would take longer."""
+
+
+def settled(wish: AllToAll, mesh: Mesh) -> AllToAll:
+    """The wish with what it leaves to the device decided."""
+    most, hidden = (14, 7168) if mesh.device.type == "cuda" else (10, 1024)
+    tokens = wish.tokens or tuple(2**power for power in range(7, most + 1))
+    return replace(wish, tokens=tokens, hidden=wish.hidden or hidden)
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,8 @@ class Bench:
                 for what, act in calls(dispatcher, x, route).items()
             }
         named = {str(number): act for number, act in enumerate(acts.values())}
-        times = self.rounds.time(named, self.wish.warmups, self.wish.rounds)
+        limit_s = self.wish.seconds / len(self.wish.tokens)
+        times = self.rounds.time(named, self.wish.warmups, self.wish.rounds, limit_s)
         for dispatcher in self.dispatchers.values():
             dispatcher.traffic()  # raises where a kernel waited in vain, and forgets the marks
         return [
@@ -210,6 +222,7 @@ def _row(tokens: int, what: str, name: str, moved: float, seconds: list[float]) 
 
 def all_to_all(wish: AllToAll, mesh: Mesh) -> Iterator[dict[str, Any]]:
     """The result, growing size by size, the same on every rank: rows, and in words what could not be timed."""
+    wish = settled(wish, mesh)
     bench, rows = Bench(wish, mesh), []
     notes = [f"{name}: {reason}" for name, reason in bench.why_not.items()]
     if mesh.device.type != "cuda":

@@ -6,9 +6,10 @@ alternate: computation alone (what arrives is already in place, no multiprocesso
 same transfers one after another), in turn (each waited for at once), overlapped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -21,7 +22,7 @@ from counterflow.comm.channels import Links, LocalChannels
 from counterflow.comm.clock import Mark, between, mark
 from counterflow.comm.dispatch import Dispatcher, Terms
 from counterflow.comm.local import Local
-from counterflow.comm.mesh import Mesh
+from counterflow.comm.mesh import PRECISIONS, Mesh, precision_for
 from counterflow.comm.partition import carve
 from counterflow.comm.peers import process_peers
 from counterflow.config.model import ModelConfig
@@ -47,27 +48,50 @@ ROOM = 0.45
 
 @dataclass(frozen=True)
 class Overlap:
-    """What is timed; the defaults are the report's layer."""
+    """What is timed; the defaults are the report's layer, and on a CPU one that its processes can run in a minute."""
 
-    hidden: int = 7168
-    intermediate: int = 2048
-    """Of an expert."""
-    heads: int = 128
+    hidden: int = 0
+    """0: 7168, on a CPU 64."""
+    intermediate: int = 0
+    """Of an expert; 0: 2048, on a CPU 32."""
+    heads: int = 0
+    """0: 128, on a CPU 2."""
     experts: int = 0
-    """Of a layer on all ranks together; 0: as many as fit, 256 at most."""
+    """Of a layer on all ranks together; 0: as many as fit, 256 at most, on a CPU 16."""
     top: int = 8
     layers: int = 4
     """Of both stages together; even."""
-    tokens: int = 4096
-    """Of a micro-batch."""
+    tokens: int = 0
+    """Of a micro-batch; 0: 4096, on a CPU 64."""
     microbatches: int = 6
-    backends: tuple[str, ...] = ("nvlink",)
+    backends: tuple[str, ...] = ()
+    """None: nvlink, on a CPU collective."""
     multiprocessors: tuple[int, ...] = (8,)
     routing: tuple[str, ...] = ("real", "forced balanced")
     ratio: str = ""
     """Empty, or 1:1: transfers are repeated until communication alone takes as long as computation alone."""
     rounds: int = 20
+    """At most."""
     warmups: int = 3
+    seconds: float = 60.0
+    """All rounds together on a CPU, about: fewer are made where they would take longer."""
+
+
+ON_GPUS = {"hidden": 7168, "intermediate": 2048, "heads": 128, "tokens": 4096, "backends": ("nvlink",)}
+ON_A_CPU = {
+    "hidden": 64,
+    "intermediate": 32,
+    "heads": 2,
+    "experts": 16,
+    "tokens": 64,
+    "backends": ("collective",),
+}
+
+
+def settled(wish: Overlap, mesh: Mesh) -> Overlap:
+    """The wish with what it leaves to the device decided."""
+    usual = ON_GPUS if mesh.device.type == "cuda" else ON_A_CPU
+    return replace(wish, **{name: value for name, value in usual.items() if not getattr(wish, name)})
 
 
 def model_config(wish: Overlap, mesh: Mesh) -> ModelConfig:
@@ -94,10 +118,6 @@ def model_config(wish: Overlap, mesh: Mesh) -> ModelConfig:
 
 def experts_that_fit(wish: Overlap, mesh: Mesh) -> int:
     """Of a layer, on all ranks together, a multiple of 8 × ranks; 256 at most."""
-    if mesh.device.type != "cuda":
-        raise ConfigError(
-            "experts is 0 and the device is a CPU; say how many experts a layer has: --experts 8."
-        )
     memory = torch.cuda.get_device_properties(mesh.device).total_memory
     if share_a_gpu(mesh):
         memory //= mesh.size
@@ -113,8 +133,8 @@ class Pairs:
         if wish.layers % 2:
             raise ConfigError(f"layers is {wish.layers}; two stages share them alike: take an even number.")
         self.wish, self.mesh = wish, mesh
-        self.config = model_config(wish, mesh)
-        self.model = _model(self.config, mesh)
+        self.config, self.precision = model_config(wish, mesh), precision_for("auto", mesh.device.type)
+        self.model = _model(self.config, mesh, PRECISIONS[self.precision])
         self.schedule = SCHEDULES["dualpipev"](1, wish.microbatches)
         half = wish.layers // 2
         plans = stage_plans(self.config, 2, f"embed {half} | {half} head")
@@ -173,13 +193,13 @@ class Edged:
         self.inner.drain()
 
 
-def _model(config: ModelConfig, mesh: Mesh) -> Transformer:
-    """Random weights in bf16 with fp32 gradients, this rank's part of the experts."""
+def _model(config: ModelConfig, mesh: Mesh, dtype: torch.dtype) -> Transformer:
+    """Random weights with fp32 gradients, this rank's part of the experts."""
     with torch.device("meta"):
         model = Transformer(config)
     if mesh.size > 1:
         keep_experts(model, mesh.expert_rank, mesh.size)
-    draw_on(model, mesh.device, torch.bfloat16)
+    draw_on(model, mesh.device, dtype)
     return with_accumulators(model)
 
 
@@ -231,10 +251,16 @@ class Bench:
         self.tape = Tape()
         pairs.run(self.tape.recording(self.dispatcher))
         self.carrier.traffic()
-        self.x = torch.randn(pairs.wish.tokens, pairs.wish.hidden, device=mesh.device).bfloat16()
+        self.x = torch.randn(pairs.wish.tokens, pairs.wish.hidden).to(pairs.model.head)
 
-    def time(self, warmups: int, rounds: int) -> dict[str, list[float]]:
-        """Seconds of the slowest rank for all pairs of a run, by way, one a round; ways alternate."""
+    def time(
+        self,
+        warmups: int,
+        rounds: int,
+        limit_s: float = inf,
+        watch: Callable[[int, int], object] = lambda done, rounds: None,
+    ) -> dict[str, list[float]]:
+        """Seconds of the slowest rank for all pairs of a run, by way, one a round; ways alternate; see `Rounds`."""
         budget, pairs = self.contender.multiprocessors, self.pairs
         in_place, waits_at_once = self.tape.in_place(self.dispatcher), in_turn(self.dispatcher)
 
@@ -253,6 +279,8 @@ class Bench:
             },
             warmups,
             rounds,
+            limit_s,
+            watch,
         )
         carve(0, self.mesh.device)
         return times

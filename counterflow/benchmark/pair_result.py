@@ -5,7 +5,8 @@ On a CPU there is no profile of kernels, so what stands there instead is named: 
 for which computation did not wait.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -17,6 +18,7 @@ from counterflow.config.models import MODELS
 from counterflow.errors import CounterflowError
 from counterflow.plan.hardware import hardware
 from counterflow.plan.routing import UNIFORM
+from counterflow.progress import Progress
 from counterflow.schedule import picture
 from counterflow.schedule.words import Op, Span
 from counterflow.units import bytes_
@@ -26,13 +28,14 @@ NODES = 8
 """Over which the report shares a layer's experts."""
 
 
-def overlap(wish: Overlap, mesh: Mesh) -> Iterator[dict[str, Any]]:
-    """The result, growing contender by contender, the same on every rank."""
+def overlap(wish: Overlap, mesh: Mesh, progress: Progress) -> Iterator[dict[str, Any]]:
+    """The result of a settled wish, growing contender by contender, the same on every rank; each is one of progress."""
     pairs, rows, notes = Pairs(wish, mesh), [], []
     config = pairs.config
     notes.append(
         f"{mesh.size} expert ranks, {config.num_routed_experts} experts of a layer, {wish.layers} layers of hidden "
-        f"{wish.hidden} and experts of {wish.intermediate}, {wish.tokens} tokens; {pairs.count} pairs a run."
+        f"{wish.hidden} and experts of {wish.intermediate}, {wish.tokens} tokens in {pairs.precision}; "
+        f"{pairs.count} pairs a run."
     )
     if mesh.size == 1:
         notes.append(
@@ -41,8 +44,11 @@ def overlap(wish: Overlap, mesh: Mesh) -> Iterator[dict[str, Any]]:
     if share_a_gpu(mesh):
         notes.append(NO_LINK)
     drawings: dict[str, list[Span]] = {}
-    for contender in contenders(wish, mesh):
-        row, drawn = _row(pairs, contender)
+    everyone = contenders(wish, mesh)
+    for place, contender in enumerate(everyone):
+        row, drawn = _row(
+            pairs, contender, wish.seconds / len(everyone), partial(_tell, progress, place, contender)
+        )
         if row is None:
             notes.append(f"{contender.name}: {drawn}")
         else:
@@ -53,7 +59,13 @@ def overlap(wish: Overlap, mesh: Mesh) -> Iterator[dict[str, Any]]:
         yield {"ranks": mesh.size, "rows": rows, "notes": notes_now, "timelines": drawings}
 
 
-def _row(pairs: Pairs, contender: Contender) -> tuple[dict[str, Any] | None, Any]:
+def _tell(progress: Progress, place: int, contender: Contender, done: int, rounds: int) -> None:
+    progress.update(place + done / rounds, contender.name, f"round {done}/{rounds}")
+
+
+def _row(
+    pairs: Pairs, contender: Contender, limit_s: float, watch: Callable[[int, int], object]
+) -> tuple[dict[str, Any] | None, Any]:
     """One contender's line and its timeline; or why it does not run here."""
     mesh, wish, bench, wrong = pairs.mesh, pairs.wish, None, ""
     try:
@@ -65,7 +77,7 @@ def _row(pairs: Pairs, contender: Contender) -> tuple[dict[str, Any] | None, Any
         return None, failed[0]
     if wish.ratio == "1:1":
         bench.even()
-    times = bench.time(wish.warmups, wish.rounds)
+    times = bench.time(wish.warmups, wish.rounds, limit_s, watch)
     middle = {way: median(seconds) / pairs.count for way, seconds in times.items()}
     row: dict[str, Any] = {
         "name": contender.name,

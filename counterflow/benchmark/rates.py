@@ -14,9 +14,10 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,13 +33,14 @@ from counterflow.benchmark.timing import (
     passes_rate,
     product_rate,
 )
-from counterflow.comm.mesh import Mesh
+from counterflow.comm.mesh import PRECISIONS, Mesh, precision_for
 from counterflow.config.load import load_run
 from counterflow.config.model import ModelConfig
 from counterflow.config.models import MODELS
 from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError
 from counterflow.kernels.memory import keep_freed_memory
+from counterflow.progress import Progress
 from counterflow.train.trainer import Trainer
 
 __all__ = ["Rates", "RatesSettings", "measure_rates", "measured", "rates_toml", "slowest"]
@@ -70,7 +72,7 @@ class Rates:
 
 def measure_rates(settings: RatesSettings) -> Rates:
     """The machine's rates.   Cost: half a minute, a process for each of `processes`.   Fails: ConfigError."""
-    _require(settings)
+    settings = settled(settings)
     if settings.processes == 1:
         return measured(Mesh(device=torch.device("cuda" if _on_gpu(settings) else "cpu")), settings)
     parallel, device = Parallel(data=settings.processes), "cuda" if _on_gpu(settings) else "cpu"
@@ -91,6 +93,7 @@ def slowest(rates: Sequence[Rates]) -> Rates:
 
 def rates_toml(settings: RatesSettings, found: Rates) -> str:
     """The rates as a file for `counterflow plan --hardware`."""
+    settings = settled(settings)
     peak, product = max(found.product_flops_per_s, found.attention_flops_per_s), found.product_flops_per_s
     link = ""
     if found.link_bytes_per_s:
@@ -121,13 +124,18 @@ collective = 1.0
 """
 
 
+def settled(settings: RatesSettings) -> RatesSettings:
+    """The settings with the precision decided.   Fails: ConfigError where they are impossible."""
+    _require(settings)
+    device = "cuda" if _on_gpu(settings) else "cpu"
+    return replace(settings, precision=precision_for(settings.precision, device))
+
+
 def _require(settings: RatesSettings) -> None:
     if settings.model not in MODELS:
         raise ConfigError(
             f"model is '{settings.model}'; rates are measured at the shapes of {', '.join(MODELS)}."
         )
-    if settings.precision not in ("bf16", "fp32"):
-        raise ConfigError(f"precision is '{settings.precision}'; training multiplies in bf16 or fp32.")
     for name in ("sequence_length", "micro_batch", "processes", "repeats"):
         if getattr(settings, name) < 1:
             raise ConfigError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
@@ -156,15 +164,37 @@ def _rank(mesh: Mesh, settings: RatesSettings, folder: str) -> None:
 def measured(mesh: Mesh, settings: RatesSettings, shapes: ModelConfig | None = None) -> Rates:
     """One process's rates, at the shapes of the settings' model or of another. A collective."""
     keep_freed_memory()
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    bench = Bench(settings, mesh.device, dtype, shapes or MODELS[settings.model])
-    copied, into = bench.draw(1 << 26), bench.draw(1 << 26)  # beyond every cache
-    copy = 2 * copied.nbytes / bench.seconds(lambda: lambda: into.copy_(copied))
-    del copied, into
-    found = (product_rate(bench), grouped_rate(bench), attention_rate(bench), copy, passes_rate(bench))
-    launch, joined = launch_seconds(bench), link(bench)
-    train_once(mesh, settings.precision)
-    return Rates(*found, launch, reserved_bytes(mesh.device), *joined)
+    settings = settled(settings)
+    bench = Bench(settings, mesh.device, PRECISIONS[settings.precision], shapes or MODELS[settings.model])
+    parts: Mapping[str, Callable[[], Any]] = {
+        "products": lambda: product_rate(bench),
+        "experts": lambda: grouped_rate(bench),
+        "attention": lambda: attention_rate(bench),
+        "copies": lambda: copy_rate(bench),
+        "norms and SwiGLU": lambda: passes_rate(bench),
+        "launches": lambda: launch_seconds(bench),
+        "the link": lambda: link(bench),
+        "memory": lambda: reserved_after(mesh, settings.precision),
+    }
+    found: list[Any] = []
+    with Progress("measuring", len(parts), shown=mesh.first) as progress:
+        for what, measure in parts.items():
+            progress.update(len(found), what)
+            found.append(measure())
+    *rates, joined, reserved = found
+    return Rates(*rates, reserved, *joined)
+
+
+def copy_rate(bench: Bench) -> float:
+    """Bytes/s, read and written, of copies beyond every cache."""
+    copied, into = bench.draw(1 << 26), bench.draw(1 << 26)
+    return 2 * copied.nbytes / bench.seconds(lambda: lambda: into.copy_(copied))
+
+
+def reserved_after(mesh: Mesh, precision: str) -> float:
+    """What is reserved after a training step."""
+    train_once(mesh, precision)
+    return reserved_bytes(mesh.device)
 
 
 def train_once(mesh: Mesh, precision: str) -> None:

@@ -5,7 +5,9 @@ there first lets the host get ahead, so that its launches are not taken for the 
 device within.
 """
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -31,14 +33,21 @@ class Rounds:
         )
 
     def time(
-        self, acts: Mapping[str, Callable[[], object]], warmups: int, rounds: int
+        self,
+        acts: Mapping[str, Callable[[], object]],
+        warmups: int,
+        rounds: int,
+        limit_s: float = math.inf,
+        watch: Callable[[int, int], object] = lambda done, rounds: None,
     ) -> dict[str, list[float]]:
         """Seconds of the slowest rank by act, one a round; acts alternate. A collective.
 
-        An act that gives two marks is timed between them.
+        An act that gives two marks is timed between them. On a CPU fewer rounds are made where all would take more than
+        `limit_s`, by the second's time; `watch` is told of each how many were made, and of how many.
         """
-        marks = {name: [] for name in acts}
-        for number in range(warmups + rounds):
+        marks, number, planned = {name: [] for name in acts}, 0, warmups + rounds
+        begun = time.perf_counter()
+        while number < planned:
             for name, act in acts.items():
                 self._prepare()
                 start = mark(self.mesh.device)
@@ -46,6 +55,14 @@ class Rounds:
                 edges = found if isinstance(found, tuple) else (start, mark(self.mesh.device))
                 if number >= warmups:
                     marks[name].append(edges)
+            number += 1
+            if number == 2 and not self._cuda:
+                each = max(self.mesh.everyone(time.perf_counter() - begun))
+                planned = int(min(planned, limit_s / each))
+                warmups = min(warmups, max(2, planned // 4))
+                planned = max(planned, warmups + 1)
+            begun = time.perf_counter()
+            watch(number, planned)
         seconds = torch.tensor(
             [[between(*pair) for pair in pairs] for pairs in marks.values()], dtype=torch.float64
         ).to(self.mesh.device)

@@ -31,8 +31,8 @@ class RatesSettings:
     sequence_length: int = 256
     micro_batch: int = 4
     """Sequences."""
-    precision: str = "bf16"
-    """bf16 or fp32."""
+    precision: str = "auto"
+    """bf16, fp32, or auto: bf16 where the device multiplies it."""
     processes: int = 1
     """That measure at once, one GPU or one thread each; from two on, their link too."""
     device: str = "auto"

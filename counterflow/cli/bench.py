@@ -4,6 +4,7 @@ A bench takes every GPU of the machine, one process each, or a few processes on 
 processes are theirs.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from counterflow.benchmark.all_to_all import AllToAll
 from counterflow.benchmark.pair import Overlap
 from counterflow.benchmark.rates import RatesSettings, measure_rates, rates_toml
 from counterflow.errors import ConfigError, nearest
+from counterflow.progress import Progress, watched
 
 CPU_RANKS = 2
 
@@ -77,15 +79,13 @@ def _all_to_all(arguments: list[str]) -> int:
     place = asked.place
 
     def act(mesh: Any) -> None:
-        from counterflow.benchmark.all_to_all import all_to_all
+        from counterflow.benchmark.all_to_all import all_to_all, settled
         from counterflow.benchmark.shown import focus, picture, table
-        from counterflow.progress import watched
 
-        steps = all_to_all(asked.wish, mesh)
-        steps = watched(steps, "sizes", len(asked.wish.tokens) + 1) if mesh.first else steps
-        for result in steps:
+        wish = settled(asked.wish, mesh)
+        for result in watched(all_to_all(wish, mesh), "timing", len(wish.tokens) + 1, "sizes", mesh.first):
             if mesh.first and place.folder:
-                write(place.folder, asdict(asked.wish), result, picture(result))
+                write(place.folder, asdict(wish), result, picture(result))
         if mesh.first:
             show(f"{focus(result)} tokens a rank, {mesh.size} ranks", table(result, focus(result)))
             print("\n".join(result["notes"]))
@@ -98,14 +98,18 @@ def _overlap(arguments: list[str]) -> int:
     place = asked.place
 
     def act(mesh: Any) -> None:
+        from counterflow.benchmark.pair import contenders, settled
         from counterflow.benchmark.pair_result import overlap, table, timelines
-        from counterflow.progress import watched
 
-        steps = overlap(asked.wish, mesh)
-        for result in watched(steps, "contenders") if mesh.first else steps:
-            if mesh.first and place.folder:
-                numbers = {key: value for key, value in result.items() if key != "timelines"}
-                write(place.folder, asdict(asked.wish), numbers, timelines(result))
+        wish = settled(asked.wish, mesh)
+        number = len(contenders(wish, mesh))
+        with Progress("timing", number, shown=mesh.first) as progress:
+            if mesh.device.type != "cuda":
+                progress.note(f"Timing takes about {wish.seconds:.0f} s; --seconds says how long.")
+            for result in overlap(wish, mesh, progress):
+                if mesh.first and place.folder:
+                    numbers = {key: value for key, value in result.items() if key != "timelines"}
+                    write(place.folder, asdict(wish), numbers, timelines(result))
         if mesh.first:
             show(f"a pair, {mesh.size} expert ranks", table(result))
             print("\n".join(result["notes"]))
@@ -115,6 +119,7 @@ def _overlap(arguments: list[str]) -> int:
 
 def _rates(arguments: list[str]) -> int:
     asked = tyro.cli(RatesBench, prog="counterflow bench rates", args=arguments)
+    print("Measuring takes about half a minute.", file=sys.stderr, flush=True)
     text = rates_toml(asked.settings, measure_rates(asked.settings))
     if asked.output is None:
         print(text, end="")

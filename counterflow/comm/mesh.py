@@ -40,6 +40,27 @@ def device_for(device: str, processes: int) -> str:
     return device
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def precision_for(precision: str, device: str) -> str:
+    """fp32 or bf16: `auto` is what the device multiplies fast, bf16 on GPUs and on processors with AVX-512 BF16 or AMX.
+
+    Fails: ConfigError on another word.
+    """
+    if precision == "auto":
+        cpu = getattr(torch.cpu, "get_capabilities", dict)
+        native = (
+            torch.cuda.is_bf16_supported(False)
+            if device != "cpu"
+            else any(cpu().get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        )
+        return "bf16" if native else "fp32"
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is '{precision}'; {nearest(precision, ['auto', *PRECISIONS])}")
+    return precision
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks that hold the same thing; `None` as handle where there is one, and nothing travels."""
