@@ -32,6 +32,7 @@ from counterflow.train import lr
 from counterflow.train.begin import begin, folder_for, locked, require_memory
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
+from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Tracker, facts
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
