@@ -65,7 +65,7 @@ class LearningRate:
     """Linear from 0 over this fraction of the run. The report's 2K steps are 0.0019 of its tokens, since they lie at
     the start of its batch ramp; 0.0085 would be 2K steps of its full batch."""
     warmup_steps: int = 0
-    """Optimizer steps that the warm-up has at least, in a short run up to half of it."""
+    """Optimizer steps that the warm-up has at least; a shorter run warms up until `constant_until`."""
     constant_until: float = 0.676
     cosine_until: float = 0.966
     floor: float = 0.1

@@ -81,11 +81,11 @@ def steps(train: Train, sequence_length: int, grain: Grain | None = None) -> Ite
 def warmup(train: Train, sequence_length: int, grain: Grain | None = None) -> float:
     """Share of the run's samples that the warm-up takes: `lr.warmup`, or as many as its least number of steps has.
 
-    The latter up to half of the run and not beyond the end of the constant phase, so that the phases keep their order.
+    The latter not beyond the end of the constant phase, so that the phases keep their order.
     """
     least = sum(islice(steps(train, sequence_length, grain), train.lr.warmup_steps))
     share = least / total_samples(train, sequence_length, grain)
-    return max(train.lr.warmup, min(share, 0.5, train.lr.constant_until))
+    return max(train.lr.warmup, min(share, train.lr.constant_until))
 
 
 def num_steps(train: Train, sequence_length: int, grain: Grain | None = None) -> int:
