@@ -74,7 +74,12 @@ def allowed_microbatches(parallel: Parallel) -> tuple[int, int]:
 
 
 def require_layout(run: RunConfig) -> tuple[int, int]:
-    """(multiple, least) of a batch in samples.   Fails (ConfigError) where batches or stages do not fit the layout."""
+    """(multiple, least) of a batch in samples.   Fails (ConfigError) where batches, stages or dispatch do not fit."""
+    if run.parallel.dispatch_fp8 and run.parallel.expert == 1:
+        raise ConfigError(
+            "parallel.dispatch_fp8 is true and parallel.expert 1; no token is sent to an expert then: leave the first "
+            "out, or share experts with parallel.data=2 parallel.expert=2."
+        )
     multiple, least = allowed_microbatches(run.parallel)
     unit = run.train.micro_batch_size * run.parallel.data
     for name in ("batch_size", "batch_start"):

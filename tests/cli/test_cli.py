@@ -123,6 +123,7 @@ def test_train_help_lists_settings_with_their_meaning(capsys):
         (["train", "--train.lr.peek", "1"], "did you mean 'train.lr.peak'?"),
         (["train", "--train.tokens"], "--train.tokens has no value"),
         (["train", "tinny"], "did you mean 'tiny'?"),
+        (["train", "parallel.dispatch_fp8=true"], "no token is sent to an expert then: leave the first out"),
         (["where"], 'name an item of the report, such as "eq 16"'),
         (["where", "eq 99"], "no item of the report in the code is called 'eq 99'"),
         (
