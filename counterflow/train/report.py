@@ -8,6 +8,7 @@ language, for a page of seven functions.
 
 import html
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,8 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 .numbers { display: flex; flex-wrap: wrap; gap: 1.2rem 2.4rem; margin: 1.2rem 0 }
 .numbers b { display: block; font-size: 1.35rem; font-weight: 600 } .numbers span, .note { color: var(--soft);
   font-size: .85rem }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); gap: .6rem 1.6rem }
+.charts svg { max-width: 45rem } .scroll { overflow-x: auto } .scroll svg { min-width: 52rem }
 svg { width: 100%; height: auto; color: var(--soft) } svg text { font-family: inherit !important }
 pre { background: color-mix(in srgb, var(--soft) 10%, transparent);
   padding: .9rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .82rem }
@@ -102,14 +105,12 @@ def headline(run: Run) -> str:
     last, numbers = run.steps[-1], []
     measured = [step for step in run.steps if step.get("held_out_bpb") is not None]
     if measured:
+        newest = measured[-1]
+        nats = f", {newest['held_out_loss']:.3f} nats per token" if newest.get("held_out_loss") else ""
         numbers.append(
-            (f"{measured[-1]['held_out_bpb']:.3f}", f"held-out bits per byte, step {measured[-1]['step']}")
+            (f"{newest['held_out_bpb']:.3f}", f"held-out bits per byte{nats}, step {newest['step']}")
         )
-    numbers.append((_number(last.get("loss"), 3), "training loss, nats per token"))
-    for depth, loss in enumerate(last.get("mtp_loss") or (), start=1):
-        numbers.append((_number(loss, 3), f"MTP loss, depth {depth}"))
-    if "max_vio" in last:
-        numbers.append((_number(last["max_vio"], 2), "MaxVio, mean over layers"))
+    numbers += [(value, label) for value, label in _ends(run.steps)]
     speeds = [step["tokens_per_s"] for step in run.steps if step.get("tokens_per_s") is not None]
     if speeds:
         numbers.append((f"{statistics.median(speeds):,.0f}", "tokens per second, median"))
@@ -118,7 +119,30 @@ def headline(run: Run) -> str:
     if last.get("memory_bytes"):
         numbers.append((bytes_(last["memory_bytes"]), "peak memory"))
     cells = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for value, label in numbers)
-    return f'{title}<div class="numbers">{cells}</div>'
+    return f'{title}<div class="numbers">{cells}</div>{_averaged(len(run.steps))}'
+
+
+def _ends(steps: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Where the curves of the plots end, with what they are."""
+    yield _end(chart.smoothed(steps, "loss"), 3), "training loss, nats per token"
+    for depth in range(max((len(step.get("mtp_loss") or ()) for step in steps), default=0)):
+        yield _end(chart.smoothed(steps, "mtp_loss", depth), 3), f"MTP loss, depth {depth + 1}"
+    if any("max_vio" in step for step in steps):
+        yield _end(chart.smoothed(steps, "max_vio"), 2), "MaxVio, mean over layers"
+
+
+def _end(curve: tuple[list[float], list[float]], digits: int) -> str:
+    """The last value of a curve."""
+    return _number(curve[1][-1] if curve[1] and math.isfinite(curve[1][-1]) else None, digits)
+
+
+def _averaged(num_steps: int) -> str:
+    """What the numbers of training are means of."""
+    steps = min(chart.window(num_steps), num_steps - 1) + 1
+    many = (
+        f"means over the last {steps} steps, as the curves are smoothed" if steps > 1 else "of the last step"
+    )
+    return f'<p class="note">Training and MTP loss and MaxVio are {many}.</p>'
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -127,9 +151,18 @@ def _number(value: float | None, digits: int) -> str:
 
 def losses(run: Run) -> str:
     """Losses over tokens."""
-    return _chart(
-        "Losses", chart.losses, run, "Nats per token; held-out points are measured on text never trained on."
-    )
+    note = "The faint line is every step, the strong one their mean. "
+    if any(step.get("mtp_loss") for step in run.steps):
+        note += (
+            "An MTP module predicts the token behind the next one and is given that next one; with a layer more than "
+            "the main head it may lie below the training loss. "
+        )
+    if factor := chart.bits_per_nat(run.steps):
+        note += (
+            "Held-out points are measured on documents never trained on, those on the way on a sample of them. "
+            f"Bits per byte are nats per token × {factor:.3f}: 1 / ln 2 over the held-out text's bytes per token."
+        )
+    return _chart("Losses", chart.losses, run, note)
 
 
 def expert_load(run: Run) -> str:
@@ -137,8 +170,8 @@ def expert_load(run: Run) -> str:
     if not any(step.get("load") for step in run.steps):
         return ""
     note = (
-        "Left: each expert's share of its layer's tokens over the last tenth of the run, 1 being even. "
-        "Right: MaxVio, how far the busiest expert lies above the mean; 0 is perfect balance."
+        "Load: each expert's tokens over the last tenth of the run as a multiple of its layer's mean; white is even, "
+        "red more, blue less. MaxVio: how far the busiest expert lies above the mean; 0 is perfect balance."
     )
     return _chart("Expert load", chart.expert_load, run, note)
 
@@ -158,15 +191,18 @@ def timeline(run: Run) -> str:
     if not run.timeline:
         return ""
     return (
-        f'<h2>A step of the pipeline</h2><div>{run.timeline}</div><p class="note">F forward, I backward for input, '
-        " W backward for weights. trace.json beside this page opens in Perfetto (ui.perfetto.dev).</p>"
+        f'<h2>A step of the pipeline</h2><div class="scroll">{run.timeline}</div><p class="note">Names and times of '
+        "boxes appear under the pointer. The prediction is simulated from the mean time of each kind of op in this "
+        "step. trace.json beside this page opens in Perfetto (ui.perfetto.dev).</p>"
     )
 
 
-def _chart(title: str, draw: Callable[[list[dict[str, Any]]], str], run: Run, note: str) -> str:
+def _chart(title: str, draw: Callable[[list[dict[str, Any]]], list[str]], run: Run, note: str) -> str:
+    """Panels beside each other where the page is wide enough."""
     if not run.steps:
         return ""
-    return f'<h2>{title}</h2>{draw(run.steps)}<p class="note">{note}</p>'
+    text = f'<p class="note">{note}</p>' if note else ""
+    return f'<h2>{title}</h2><div class="charts">{"".join(draw(run.steps))}</div>{text}'
 
 
 def sample(run: Run) -> str:
@@ -197,10 +233,10 @@ def _origin(step: int, facts: Mapping[str, str]) -> str:
 SECTIONS: Mapping[str, Callable[[Run], str]] = {
     "headline": headline,
     "losses": losses,
+    "sample": sample,
     "expert load": expert_load,
+    "timeline": timeline,
     "course": course,
     "speed": speed,
-    "timeline": timeline,
-    "sample": sample,
     "settings": settings,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from counterflow.train import chart
-from counterflow.train.report import SECTIONS, write_report
+from counterflow.train.report import SECTIONS, open_run, write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -99,8 +99,7 @@ def test_the_page_has_the_last_numbers(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, 100))
     for number in (
         "1.482",
-        "2.195",
-        "3.445",
+        "2.570 nats per token",
         "0.64",
         "1,234",
         "409.60 K",
@@ -109,7 +108,73 @@ def test_the_page_has_the_last_numbers(tmp_path: Path) -> None:
         "1.50 GiB",
     ):
         assert number in page, number
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 9
+
+
+@pytest.mark.parametrize("num_steps", [1, 40])
+def test_tiles_are_where_the_curves_end(
+    tmp_path: Path, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last value of each drawn curve, not the last step's, which scatters about it."""
+
+    def scatter(step: dict[str, Any]) -> None:
+        step |= {"loss": 3 + step["step"] % 2, "max_vio": 0.2 + 0.3 * (step["step"] % 2)}
+
+    drawn: dict[str, list[float]] = {}
+    line = chart._line
+
+    def noted(axis: Any, tokens: Any, values: list[float], **style: Any) -> None:
+        drawn.setdefault(style.get("label", ""), list(values))
+        line(axis, tokens, values, **style)
+
+    monkeypatch.setattr(chart, "_line", noted)
+    page = page_of(write_run(tmp_path, num_steps, scatter))
+    tiles = {label: value for value, label in re.findall(r"<b>([^<]*)</b><span>([^<]*)</span>", page)}
+    assert tiles["training loss, nats per token"] == f"{drawn['training'][-1]:.3f}"
+    assert tiles["MTP loss, depth 1"] == f"{drawn['MTP, depth 1'][-1]:.3f}"
+    assert tiles["MaxVio, mean over layers"] == f"{drawn['mean over layers'][-1]:.2f}"
+    steps = chart.window(num_steps) + 1
+    last = [3 + step % 2 for step in range(1, num_steps + 1)][-steps:]
+    assert drawn["training"][-1] == pytest.approx(sum(last) / len(last))
+    assert ("of the last step" if steps == 1 else f"means over the last {steps} steps") in page
+
+
+def test_the_colours_of_load_fit_its_spread_and_are_even_at_one() -> None:
+    assert chart.load_scale([[0.9, 1.1, 1.0]]) == pytest.approx((0.9, 1.1))
+    assert chart.load_scale([[0.0, 3.67]]) == pytest.approx((0.0, 3.67))
+    assert chart.load_scale([[1.0, 1.0]]) == pytest.approx((0.95, 1.05)), "no noise blown up"
+
+
+def test_a_long_run_gives_no_larger_a_chart() -> None:
+    steps = [
+        {"tokens": at, "loss": 1 / at, "held_out_loss": 2 / at} for at in range(1, 4 * chart.MOST_POINTS)
+    ]
+    few, many = (len(chart.losses(steps[:count])[0]) for count in (chart.MOST_POINTS, len(steps)))
+    assert many < 1.2 * few
+
+
+def test_what_lies_under_the_top_of_a_chart_is_seen() -> None:
+    """A batch that grows in the last step: the axis ends above it."""
+    from matplotlib.axes import Axes
+
+    ends: list[float] = []
+    steps = [{"tokens": step, "batch": 16 + 8 * (step == 9)} for step in range(10)]
+    before = Axes.set_ylim
+
+    def noted(self: Axes, *arguments: Any, **words: Any) -> Any:
+        ends.append(before(self, *arguments, **words)[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "set_ylim", noted)
+        chart.course(steps)
+    assert max(ends) > 24
+
+
+def test_bits_per_byte_and_nats_per_token_share_one_chart(tmp_path: Path) -> None:
+    shown = SECTIONS["losses"](open_run(write_run(tmp_path, 8)))
+    assert "right: bits per byte" in shown and f"nats per token × {1.482 / (2.5 + 7 / 8):.3f}" in shown
+    bare = SECTIONS["losses"](open_run(write_run(tmp_path, 8, CHANGES["nothing held out"])))
+    assert "bits per byte" not in bare.lower()
 
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
@@ -131,13 +196,15 @@ def test_charts_take_the_pages_colours(tmp_path: Path) -> None:
     assert not re.findall(r"<text(?![^>]*fill: )[^>]*>", drawn), "a text in black"
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 30])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "num_steps"),
+    [*((change, 30) for change in CHANGES), ("whole", 2), ("zeros", 1), ("not finite", 1)],
+)
 def test_what_is_missing_is_left_out(tmp_path: Path, change: str, num_steps: int) -> None:
     page = page_of(write_run(tmp_path, num_steps, CHANGES[change]))
     Tags(page)
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page) and "None" not in page
-    assert ("Expert load" in page) == (change not in ("no experts", "empty load", "only what must be"))
+    assert ("<h2>Expert load" in page) == (change not in ("no experts", "empty load", "only what must be"))
     assert ("held-out bits per byte" in page) == (change not in ("nothing held out", "only what must be"))
     assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
 
