@@ -1,10 +1,13 @@
 """Tests that need a GPU are left out where there is none, and the summary says how many; each test has one thread."""
 
 import importlib.util
+import multiprocessing.util
 import os
 
 import pytest
 from hypothesis import settings
+
+from tests import processes
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -13,6 +16,14 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; before Triton is imported
 settings.register_profile("counterflow", deadline=None)  # a busy machine is no failure
 settings.load_profile("counterflow")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def spawned_processes_are_forked():
+    """From a server in which torch is imported; it starts with the first of them."""
+    earlier = processes.spawn_by(processes.Popen)
+    yield
+    multiprocessing.util.spawnv_passfds = earlier
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,11 +17,11 @@ from counterflow.config.load import load_run
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.restore import restore
+from tests import processes
 from tests.train.runs import overrides
 
 pytestmark = pytest.mark.slow
 BATCH = ("train.batch_size=8", "train.micro_batch_size=1", "train.tokens=1280", "keep.eval_every=3")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def command(folder: Path, run: str, *more: str) -> list[str]:
@@ -31,9 +31,7 @@ def command(folder: Path, run: str, *more: str) -> list[str]:
 
 def train(folder: Path, run: str, *more: str, code: int = 0) -> tuple[list[dict], str]:
     """Steps of a run, and what it printed."""
-    done = subprocess.run(
-        command(folder, run, *more), env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
+    done = processes.run(command(folder, run, *more))
     assert done.returncode == code, done.stdout + done.stderr
     return metrics(folder / run), done.stdout + done.stderr
 
@@ -118,11 +116,7 @@ def test_a_checkpoint_goes_on_in_any_other_layout(tmp_path):
     ]
     for number, (first, then) in enumerate(pairwise(layouts)):
         run = f"run{number}"
-        with subprocess.Popen(
-            command(tmp_path, run, *first, "keep.checkpoint_every=1", "keep.checkpoints=9"),
-            env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        ) as process:  # fmt: skip
-            process.wait(timeout=240)
+        train(tmp_path, run, *first, "keep.checkpoint_every=1", "keep.checkpoints=9")
         kept = Checkpoints(tmp_path / run / CHECKPOINTS, 9)
         for step in kept.steps()[3:]:
             for path in kept.path(step).iterdir():
@@ -140,9 +134,7 @@ def test_a_killed_rank_ends_all_with_one_message_or_starts_them_again(tmp_path, 
         "keep.checkpoint_every=2", "keep.checkpoints=1",
     )  # fmt: skip
     kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
-    with subprocess.Popen(
-        words, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with processes.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
         while not kept.steps():
             assert time.monotonic() < deadline and process.poll() is None, "a checkpoint comes"
@@ -162,15 +154,14 @@ def test_a_killed_rank_ends_all_with_one_message_or_starts_them_again(tmp_path, 
 
 
 def children(pid: int) -> list[int]:
-    """Processes of a parent, oldest first, that are ranks."""
+    """Processes of a parent, oldest first, that are ranks: each has a session of its own."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             stat = (path / "stat").read_text().rsplit(")", 1)[1].split()
-            words = (path / "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if int(stat[1]) == pid and "counterflow" in words:
+        if int(stat[1]) == pid and stat[3] == path.name:
             found.append(int(path.name))
     return sorted(found)
 
@@ -193,7 +184,5 @@ def children(pid: int) -> list[int]:
     ],
 )
 def test_layouts_that_cannot_be_are_one_line(tmp_path, more, says):
-    _, printed = (None, subprocess.run(
-        command(tmp_path, "run", *more), env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=60
-    ).stderr)  # fmt: skip
+    printed = processes.run(command(tmp_path, "run", *more)).stderr
     assert says in printed and "Traceback" not in printed and printed.count("counterflow:") == 1
