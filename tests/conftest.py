@@ -7,7 +7,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from tests import processes
+from tests import processes, typecheck
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
@@ -24,6 +24,12 @@ def spawned_processes_are_forked():
     earlier = processes.spawn_by(processes.Popen)
     yield
     multiprocessing.util.spawnv_passfds = earlier
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked():
+    """Of the first calls of every function, in each test anew."""
+    typecheck.check_again()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

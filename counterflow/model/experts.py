@@ -7,6 +7,7 @@ takes as many rows as chose it, none included. Kept for backward are the arrived
 before SwiGLU; pairs are gathered again and the SwiGLU output made again where the weight gradients need them.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -113,21 +114,20 @@ def _settle(
     ledger: Ledger | None, weight: Tensor, left: Tensor, pairs: Pairs, right: Tensor, gather_right: bool
 ) -> Tensor | None:
     """The grouped weight gradient leftᵀ right; the operand that is per row is gathered to pairs when paid."""
-
-    def add_to(total: Tensor) -> None:
-        if gather_right:
-            dy, x = left, right.index_select(0, pairs.rows)
-        else:
-            dy, x = left.index_select(0, pairs.rows), right
-        add_grouped_product(total, dy, x, pairs.ends)
-
     if ledger is None:
         dweight = torch.zeros_like(weight)
-        add_to(dweight)
+        _add_gathered(dweight, left, pairs, right, gather_right)
         return dweight
-    total = main_grad(weight)
-    ledger.settle(lambda: add_to(total))
+    ledger.settle(partial(_add_gathered, main_grad(weight), left, pairs, right, gather_right))
     return None
+
+
+def _add_gathered(total: Tensor, left: Tensor, pairs: Pairs, right: Tensor, gather_right: bool) -> None:
+    if gather_right:
+        right = right.index_select(0, pairs.rows)
+    else:
+        left = left.index_select(0, pairs.rows)
+    add_grouped_product(total, left, right, pairs.ends)
 
 
 class GatedMlp(nn.Module):

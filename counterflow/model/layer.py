@@ -11,6 +11,7 @@ ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,12 +121,12 @@ class Layer(nn.Module):
 
     def attn(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
         """ATTN: attention onto the residual, the FFN's norm, and the route with its balance loss."""
-
-        def attend(h: Tensor) -> Tensor:
-            return self.attention.attend(self.attn_norm(h), context.sequences, context.rope, context.ledger)
-
+        attend = partial(self._attend, context=context)
         attended = recomputed(attend, h) if context.recompute else attend(h)
         return self.feed(h + self.attention.out(attended, context.ledger), context)
+
+    def _attend(self, h: Float[Tensor, "T D"], context: Context) -> Tensor:
+        return self.attention.attend(self.attn_norm(h), context.sequences, context.rope, context.ledger)
 
     def feed(self, h: Float[Tensor, "T D"], context: Context) -> Flow:
         """What follows attention, however its keys were kept: the FFN's norm, and the route."""
