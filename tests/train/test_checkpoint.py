@@ -1,13 +1,12 @@
 """A checkpoint is whole or not there: killed at any moment, truncated, corrupted, on a full disk."""
 
 import errno
-import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch
 from counterflow.errors import CheckpointError
 from counterflow.train.checkpoint import WRITING, Checkpoints, _os_error
 from counterflow.train.manifest import MANIFEST
+from tests import processes
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -198,7 +198,7 @@ for die_at in range(1, 1000):
 @pytest.mark.slow
 def test_killed_before_any_file_operation_every_checkpoint_loads(tmp_path):
     """Not at random: the process dies once before each of a save's operations, the removal of old ones included."""
-    done = subprocess.run([sys.executable, "-c", DIER, str(tmp_path)], capture_output=True, text=True)
+    done = processes.run([sys.executable, "-c", DIER, str(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) > 10
 
@@ -219,11 +219,9 @@ while True:
 @pytest.mark.slow
 def test_killed_at_any_moment_the_newest_loads(tmp_path):
     dice = random.Random(0)
-    kept, environment = Checkpoints(tmp_path, keep=2), os.environ | {"OMP_NUM_THREADS": "1"}
+    kept = Checkpoints(tmp_path, keep=2)
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, env=environment
-        )
+        process = processes.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=PIPE)
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         time.sleep(dice.uniform(0.05, 0.4))
         process.kill()

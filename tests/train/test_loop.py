@@ -3,10 +3,10 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.loop import collapsed
 from counterflow.train.metrics import read
+from tests import processes
 from tests.train.runs import overrides, write_text
 
 
@@ -117,38 +118,43 @@ def test_a_complete_run_says_so_and_trains_no_more(whole, capsys):
     assert (whole / "run" / "metrics.jsonl").read_text() == before
 
 
-LONGER = ["train.tokens=12800"]
-"""A hundred steps: enough for ten kills to find it at work."""
+def started(folder: Path, *more: str) -> processes.Popen:
+    """The same command in a process of its own, which has said what it is about to train."""
+    write_text(folder / "text.txt")
+    words = [sys.executable, "-m", "counterflow", "train", "tiny", *overrides(folder, *more)]
+    process = processes.Popen(words, stdout=PIPE, stderr=STDOUT, text=True)
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if " parameters in " in line:
+            return process
+    raise AssertionError(said)
+
+
+def reach(folder: Path, step: int) -> None:
+    """Wait until a run has measured so many steps."""
+    deadline = time.monotonic() + 120
+    while len(read(folder / "run")) < step:
+        assert time.monotonic() < deadline, f"step {step} does not come"
+        time.sleep(0.002)
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(tmp_path_factory):
-    """SIGKILL, also while a checkpoint is written: every tensor bit for bit, and never one that does not load."""
-    whole, tmp_path = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("killed")
-    assert counterflow(whole, *LONGER) == 0
-    write_text(tmp_path / "text.txt")
-    words = overrides(tmp_path, "keep.checkpoint_every=1", *LONGER)
-    environment, dice = os.environ | {"PYTHONWARNINGS": "ignore"}, random.Random(time.time_ns())
-    command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
-    kills = 0
-    while kills < 10:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if b" parameters in " in line:
-                break
-        time.sleep(dice.uniform(0.0, 0.25))
-        process.send_signal(signal.SIGKILL)
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, tmp_path):
+    """SIGKILL, also while a checkpoint is written: every tensor bit for bit, and never one that does not load.
+    `bench/kills.py` kills more often."""
+    dice, kept = random.Random(time.time_ns()), Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
+    for step in (0, 4, 8, 12):
+        process = started(tmp_path, "keep.checkpoint_every=1")
+        reach(tmp_path, step)
+        time.sleep(dice.uniform(0.0, 0.1))
+        process.kill()
         process.communicate()
-        assert process.returncode == -signal.SIGKILL, (
-            "the run ended before it could be killed: make it longer"
-        )
-        kills += 1
-        kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
         for step in kept.steps():
             kept.verify(step)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    assert counterflow(tmp_path) == 0
     assert different(final_state(tmp_path), final_state(whole)) == []
     timeless = [
         [
@@ -163,15 +169,8 @@ def test_killed_at_ten_random_moments_and_resumed_equals_uninterrupted(tmp_path_
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_stop(tmp_path, number):
-    write_text(tmp_path / "text.txt")
-    words = overrides(tmp_path, "train.tokens=1e6", "keep.checkpoint_every=100000")
-    command = [sys.executable, "-m", "counterflow", "train", "tiny", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if " parameters in " in line:
-            break
-    time.sleep(0.5)
+    process = started(tmp_path, "train.tokens=1e6", "keep.checkpoint_every=100000")
+    reach(tmp_path, 2)
     process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
@@ -229,7 +228,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
 
 def test_other_text_under_the_same_settings_is_refused(tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 5)
+        stop_after(patch, 1)
         assert counterflow(tmp_path) == 128 + signal.SIGTERM
     with (tmp_path / "text.txt").open("a") as file:
         file.write("Something else.\n" * 50)
@@ -259,14 +258,14 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
         plain = Trainer.step
 
         def spoilt(self):
-            if self.steps == 12:
+            if self.steps == 6:
                 dict(self.optimizer.masters())["head"].value.fill_(float("nan"))
             return plain(self)
 
         patch.setattr(Trainer, "step", spoilt)
         assert counterflow(tmp_path) == 3
-    assert "step 13: weight 'head' is not finite" in capsys.readouterr().err
-    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5, 10]
+    assert "step 7: weight 'head' is not finite" in capsys.readouterr().err
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5]
     assert (tmp_path / "run" / "report.html").is_file()
 
 

@@ -95,8 +95,13 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_has_the_last_numbers(tmp_path: Path) -> None:
-    page = page_of(write_run(tmp_path, 100))
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of a run of a hundred steps."""
+    return page_of(write_run(tmp_path_factory.mktemp("hundred"), 100))
+
+
+def test_the_page_has_the_last_numbers(page: str) -> None:
     for number in (
         "1.482",
         "2.570 nats per token",
@@ -177,8 +182,7 @@ def test_bits_per_byte_and_nats_per_token_share_one_chart(tmp_path: Path) -> Non
     assert "bits per byte" not in bare.lower()
 
 
-def test_the_page_stands_alone(tmp_path: Path) -> None:
-    page = page_of(write_run(tmp_path, 100))
+def test_the_page_stands_alone(page: str) -> None:
     assert set(re.findall(r"https?://[^\s\"'<>]*", page)) <= NAMESPACES
     tags = Tags(page)
     assert len(set(tags.ids)) == len(tags.ids)
@@ -187,8 +191,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert "<script" not in page and "<link" not in page and "@import" not in page
 
 
-def test_charts_take_the_pages_colours(tmp_path: Path) -> None:
-    page = page_of(write_run(tmp_path, 100))
+def test_charts_take_the_pages_colours(page: str) -> None:
     drawn = page[page.index("<svg") :]
     assert "prefers-color-scheme: dark" in page and "currentColor" in drawn and "var(--accent)" in drawn
     assert not [colour for colour in (chart.INK, chart.GREY, chart.ACCENT) if colour in drawn]
@@ -228,7 +231,7 @@ def test_text_is_escaped(tmp_path: Path) -> None:
 
 
 def test_each_resume_says_where_it_ran(tmp_path: Path) -> None:
-    write_run(tmp_path, 30)
+    write_run(tmp_path, 3)
     for name, cpu in (("", "cpu-A"), ("-20", "cpu-C"), ("-5", "cpu-B")):
         (tmp_path / f"provenance{name}.json").write_text(json.dumps({"cpu": cpu}))
     page = page_of(tmp_path)
@@ -247,7 +250,7 @@ def test_load_is_that_of_the_last_tenth_relative_to_even() -> None:
 
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
-    write_run(tmp_path, 30)
+    write_run(tmp_path, 3)
     assert page_of(tmp_path) == page_of(tmp_path)
 
 

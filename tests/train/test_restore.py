@@ -24,7 +24,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with a trained run, its export in fp32, and the import of that."""
     place = tmp_path_factory.mktemp("handover")
     rare = ["keep.checkpoint_every=1000", "keep.eval_every=1000", "data.held_out=0.02"]
-    run = small_run(place, "model.num_mtp_modules=2", "train.tokens=6144", "train.lr.peak=1e-2", *rare)
+    run = small_run(place, "model.num_mtp_modules=2", "train.tokens=3072", "train.lr.peak=1e-2", *rare)
     assert train(run) == 0
     assert main(["export", str(place / "run"), str(place / "out"), "--dtype", "fp32"]) == 0
     assert main(["import", str(place / "out"), str(place / "back")]) == 0
