@@ -1,7 +1,6 @@
 """Requests of all kinds beside each other: each gets what it would get alone, and stops where it must."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -27,9 +26,9 @@ def letters(tokens) -> str:
 
 def test_greedy_text_equals_the_reference_without_a_cache():
     model = random_model(replace(BASE, num_mtp_modules=1))
-    asked = [torch.randint(0, 97, (n,)).tolist() for n in (1, 9, 30, 4, 17, 16, 2)]
+    asked = [torch.randint(0, 97, (n,)).tolist() for n in (1, 9, 30, 4, 17)]
     expected = [list(sample_tokens(model, prompt, 12, temperature=0)) for prompt in asked]
-    for max_sequences, max_rows in product((1, 3, 8), (5, 64)):
+    for max_sequences, max_rows in ((1, 64), (3, 5), (8, 5), (8, 64)):
         settings = EngineSettings(max_sequences=max_sequences, max_rows=max_rows, block_size=4)
         assert write(model, asked, GREEDY, settings)[0] == expected
 

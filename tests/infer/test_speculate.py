@@ -41,21 +41,25 @@ def prompts(count: int) -> list[list[int]]:
 
 
 @cache
-def reference(batch: int) -> list[list[int]]:
-    """Greedy texts without a cache or a draft."""
-    return [list(sample_tokens(trained_model(), prompt, 24, 0.0)) for prompt in prompts(batch)]
+def reference() -> list[list[int]]:
+    """Greedy texts of eight prompts without a cache or a draft."""
+    return [list(sample_tokens(trained_model(), prompt, 24, 0.0)) for prompt in prompts(8)]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("batch", [1, 24])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_sec5_4_3_greedy_text_with_drafts_is_the_plain_text(chain, batch):
-    """Ragged prompts, a stop token that comes in the middle of kept runs, and a limit of tokens."""
-    model, sampling, asked = trained_model(), Sampling(24, temperature=0), prompts(batch)
+    """Ragged prompts, one after the other or together, a stop token that comes in the middle of kept runs, and a limit
+    of tokens."""
+    asked, texts_ = prompts(8)[-batch:], reference()[-batch:]
+    engine, given, expected = Engine(trained_model(), settings(chain, max_sequences=batch)), [], []
     for stop in (None, 4, 7):
-        stopping = replace(sampling, stop_tokens=frozenset([] if stop is None else [stop]))
-        given, engine = write(model, asked, stopping, settings(chain))
-        assert given == [text[: text.index(stop)] if stop in text else text for text in reference(batch)]
-        assert sum(engine.statistics.kept) > 0, "some drafts are kept, else nothing was tried"
+        sampling = Sampling(24, temperature=0, stop_tokens=frozenset([] if stop is None else [stop]))
+        given += [engine.add(prompt, sampling)[0] for prompt in asked]
+        expected += [text[: text.index(stop)] if stop in text else text for text in texts_]
+    finish(engine)
+    assert [sequence.tokens[sequence.prompt_length :] for sequence in given] == expected
+    assert sum(engine.statistics.kept) > 0, "some drafts are kept, else nothing was tried"
 
 
 @pytest.mark.parametrize("chain", [3, "beyond two"])
@@ -72,7 +76,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(chain, monkeypatch):
         return chain
 
     monkeypatch.setattr(run.Drafter, "draft", watched)
-    _, engine = write(model, prompts(6), Sampling(10, temperature=0), settings(chain))
+    _, engine = write(model, prompts(4), Sampling(8, temperature=0), settings(chain))
     assert 0 < sum(engine.statistics.kept) < sum(engine.statistics.reached)
     checked = 0
     for (known, drafted), depth in product(seen, range(CHAINS[chain][1])):
@@ -81,7 +85,7 @@ def test_drafts_are_what_the_modules_say_of_the_whole_text(chain, monkeypatch):
             logits = model.draft_logits(text)[depth][0, len(known) - 2]
             assert logits[drafted[depth]] > logits.max() - 1e-4
             checked += 1
-    assert checked > 60
+    assert checked > 30
 
 
 def plain_distribution(logits, sampling: Sampling):
