@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,30 +13,24 @@ from counterflow.cli import main
 from counterflow.convert.load import load_folder
 from counterflow.errors import ConfigError
 from counterflow.model.transformer import expert_shards
+from tests import processes
 from tests.train.runs import overrides
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """`run`, with 16 experts a layer, and its export `out`."""
     folder = tmp_path_factory.mktemp("processes")
-    assert main(["train", "tiny", *overrides(folder, "train.tokens=1280", "model.max_positions=64")]) == 0
+    assert main(["train", "tiny", *overrides(folder, "train.tokens=512", "model.max_positions=64")]) == 0
     assert main(["export", str(folder / "run"), str(folder / "out")]) == 0
     return folder
 
 
 def says(*words: str, code: int = 0) -> str:
     """What a command prints, in processes of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "counterflow", *words],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = processes.counterflow(*words)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -48,9 +41,9 @@ def as_torchrun(*words: str) -> None:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(
+        processes.Popen(
             [sys.executable, "-m", "counterflow", *words],
-            env=os.environ | ENVIRONMENT | meeting | {"RANK": str(rank)},
+            env=os.environ | meeting | {"RANK": str(rank)},
         )
         for rank in range(2)
     ]
@@ -113,11 +106,5 @@ on_ranks(1, "cpu", [], act)
         port = free.getsockname()[1]
     there = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "one"}
     there |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | ENVIRONMENT | there,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = processes.run([sys.executable, "-c", code], env=os.environ | there)
     assert "RankError: rank 1 does not answer" in done.stderr and done.returncode == 1

@@ -1,9 +1,9 @@
 """Export and import: what comes back is what went out, bit for bit or within FP8's step; what does not fit is named."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from counterflow.data.tokenizer import Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
 from counterflow.errors import CheckpointError, ConfigError
 from counterflow.model.weights import to_released
+from tests import processes
 from tests.data.test_tokenizer import learnt
 from tests.model.configs import BASE, random_model
 
@@ -235,7 +236,7 @@ def test_a_full_disk_or_a_kill_leaves_nothing_that_looks_whole(kind, tmp_path, t
     tokenizer.save(tmp_path / "tokenizer.json")
     out = tmp_path / "out"
     words = [sys.executable, "-c", WRITE, kind, str(out), str(tmp_path / "tokenizer.json")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    process = processes.Popen(words, stdout=PIPE, text=True)
     line = process.stdout.readline()
     if kind == "full":
         assert "could not be written" in line and "File too large" in line

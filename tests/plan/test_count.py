@@ -1,5 +1,7 @@
 """The published sizes, from the formula and from the tensors themselves on the meta device."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,11 +30,16 @@ def test_v3_16b_has_the_published_counts():
     assert round(counts.mtp / 1e9, 2) == 0.59
 
 
+@cache
+def on_meta(name: str) -> Transformer:
+    """The model of that name without memory."""
+    with torch.device("meta"):
+        return Transformer(MODELS[name])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_formula_equals_the_tensors_on_the_meta_device(name):
-    with torch.device("meta"):
-        model = Transformer(MODELS[name])
-    sizes = {parameter_name: parameter.numel() for parameter_name, parameter in model.named_parameters()}
+    sizes = {key: parameter.numel() for key, parameter in on_meta(name).named_parameters()}
     counts = count_parameters(MODELS[name])
     assert sum(size for key, size in sizes.items() if not key.startswith("mtp.")) == counts.total
     assert sum(size for key, size in sizes.items() if key.startswith("mtp.")) == counts.mtp
@@ -71,8 +78,7 @@ def test_flops_equal_a_counter_on_the_meta_device(name, monkeypatch):
     monkeypatch.setattr(
         route, "loads", lambda ids, count: torch.zeros(count, dtype=torch.int64)
     )  # no meta kernel
-    with torch.device("meta"):
-        model, tokens = Transformer(config), torch.zeros(1, length, dtype=torch.int64)
+    model, tokens = on_meta(name), torch.zeros(1, length, dtype=torch.int64, device="meta")
     with torch.no_grad(), torch.device("meta"), counter:
         model.logits(tokens)
     weights = counter.plain + counter.grouped

@@ -16,7 +16,7 @@ from counterflow.plan.work import Workload
 from counterflow.schedule.words import OWING, TRANSFERS, Chunk, Kind, Op, Part, StageId
 
 CONFIG = replace(MODELS["tiny"], num_layers=2)
-SEQUENCES, LENGTH = 4, 256
+SEQUENCES, LENGTH = 2, 256
 PLAN = ((Part.EMBED, 0), *layer_plan(CONFIG, 0), *layer_plan(CONFIG, 1), (Part.HEAD, 0))
 
 

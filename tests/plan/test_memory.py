@@ -20,7 +20,15 @@ from counterflow.schedule.measure import held
 from counterflow.schedule.words import Part
 from counterflow.train.pipelined import parts_of
 
-LAYER = replace(MODELS["small"], num_routed_experts=8, num_groups=1, num_limited_groups=1, num_layers=2)
+LAYER = replace(
+    MODELS["small"],
+    vocab_size=256,
+    num_routed_experts=8,
+    num_groups=1,
+    num_limited_groups=1,
+    num_layers=2,
+    num_mtp_modules=0,
+)
 SEQUENCES, LENGTH = 2, 1536
 """Longer than what the CPU's attention keeps the probabilities of."""
 

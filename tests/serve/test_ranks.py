@@ -16,15 +16,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 import pytest
 
 from counterflow.convert.export import Form, export
+from tests import processes
 from tests.model.configs import random_model
 from tests.serve.service import CONFIG, Reached, learnt, running
 
 pytestmark = pytest.mark.slow
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 SIZES = ("--max_sequences=2", "--max_queue=1")
 """Two ranks with two texts each, and one that waits: five are taken at once."""
 ROOM = 5
@@ -57,38 +58,32 @@ def asked(server: Reached, requests: list[dict]) -> list[list[str]]:
 @contextmanager
 def serving(
     folder: Path, *words: str, torchrun: bool = False
-) -> Iterator[tuple[Reached, list[subprocess.Popen]]]:
+) -> Iterator[tuple[Reached, list[processes.Popen]]]:
     """A server on `folder`: the processes of two ranks, or the one that starts as many as `words` say."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "counterflow", "serve", f"--run={folder}", "--port=0", *SIZES, *words]
     started = [{"RANK": str(rank)} | meeting for rank in range(2)] if torchrun else [{}]
-    processes = [
-        subprocess.Popen(
-            command,
-            env=os.environ | ENVIRONMENT | each,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    ranks = [
+        processes.Popen(command, env=os.environ | each, stdout=PIPE, stderr=STDOUT, text=True)
         for each in started
     ]
     try:
-        assert processes[0].stdout is not None
+        assert ranks[0].stdout is not None
         said = ""
-        for line in processes[0].stdout:
+        for line in ranks[0].stdout:
             said += line
             if found := re.search(r"^Serving .*127.0.0.1:(\d+) ", line):
-                yield Reached(int(found[1])), processes
+                yield Reached(int(found[1])), ranks
                 break
         else:
             raise AssertionError(said)
     finally:
-        for process in processes:
-            process.terminate()  # a kill would leave alone whom it has started
-        for process in processes:
-            process.communicate(timeout=60)
+        for rank in ranks:
+            rank.terminate()  # a kill would leave alone whom it has started
+        for rank in ranks:
+            rank.communicate(timeout=60)
 
 
 def numbers(server: Reached, name: str) -> list[float]:
