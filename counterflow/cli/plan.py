@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,12 @@ from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError, nearest
 from counterflow.plan import tables
 from counterflow.plan.answer import answer
-from counterflow.plan.hardware import hardware
-from counterflow.plan.job import RECOMPUTES, job_of
+from counterflow.plan.hardware import Hardware, fast_precision, hardware
+from counterflow.plan.job import RECOMPUTES, Job, job_of
 from counterflow.plan.launch import files
 from counterflow.plan.page import page
 from counterflow.plan.placement import Placement, place, unreplicated
-from counterflow.plan.price import DOLLARS, Reliability
+from counterflow.plan.price import Reliability
 from counterflow.plan.report import as_json, terminal
 from counterflow.plan.routing import Routing
 from counterflow.plan.scale import curves, schedules
@@ -49,13 +50,13 @@ class Wish:
     """Between nodes: ib400, roce400, ethernet or loopback; empty: ib400, for a cpu loopback."""
     hardware: str = ""
     """A TOML file with numbers of one's own; docs/PLANNER.md shows one."""
-    precision: str = ""
-    """fp8, bf16 or fp32; empty: the run's."""
+    precision: str = "auto"
+    """fp8, bf16 or fp32; auto: the run's, and where that is auto too, bf16 on GPUs and what a CPU multiplies fast."""
     pins: Annotated[Pins, tyro.conf.arg(name="")] = field(default_factory=Pins)
     loads: str = ""
     """A JSON file with a layer's tokens by expert, for the dispatch; empty: uniform."""
-    dollars: float = DOLLARS
-    """Of a GPU hour."""
+    dollars: float | None = None
+    """Of a GPU hour; none given: 2, the report's for an H800, and for a CPU no price at all."""
     reliability: Annotated[Reliability, tyro.conf.arg(name="")] = field(default_factory=Reliability)
     json: str = ""
     """Write the numbers into this file."""
@@ -97,11 +98,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _plan(wish: Wish, config: RunConfig) -> None:
-    job, kind = job_of(config, wish.precision), hardware(wish.card, wish.fabric, wish.hardware)
+    job, kind = _asked(wish, config)
     routing = Routing(_loads(wish.loads))
     placement = config.parallel.placement
     found = answer(job, kind, wish.gpus, wish.pins, routing, wish.dollars, wish.reliability, placement)
-    print(terminal(found))
+    said = [terminal(found)]
     if wish.json:
         write(wish.json, json.dumps(as_json(found), indent=1) + "\n")
     if wish.html:
@@ -110,19 +111,35 @@ def _plan(wish: Wish, config: RunConfig) -> None:
         written = files(config, found.step.costs.layout, job.precision, kind)
         for file, text in written.items():
             write(str(Path(wish.launch) / file), text)
-        print(f"\n{wish.launch}: {', '.join(written)}.")
+        said.append(f"{wish.launch}: {', '.join(written)}.")
+    print("\n\n".join(said))  # after the files: who reads only the first lines closes the pipe
+
+
+def _asked(wish: Wish, config: RunConfig) -> tuple[Job, Hardware]:
+    """What is planned, on what; a precision that the machine decided is said."""
+    kind, precision = hardware(wish.card, wish.fabric, wish.hardware), wish.precision
+    if precision in ("", "auto") and config.train.precision == "auto":
+        precision = fast_precision(kind)
+        if kind.is_cpu:
+            why = (
+                "measured as the fastest"
+                if kind.measured
+                else "what this machine's processor multiplies fast"
+            )
+            print(f"Planning in {precision}, {why}; --precision takes another.", file=sys.stderr)
+    return job_of(config, "" if precision == "auto" else precision), kind
 
 
 def _scale(wish: Wish, config: RunConfig) -> None:
-    job, kind = job_of(config, wish.precision), hardware(wish.card, wish.fabric, wish.hardware)
+    job, kind = _asked(wish, config)
     found = curves(job, kind)
-    print(tables.scale(found))
     if wish.svg:
         write(wish.svg, tables.scale_svg(found))
+    print(tables.scale(found))
 
 
 def _schedules(wish: Wish, config: RunConfig) -> None:
-    job, kind = job_of(config, wish.precision), hardware(wish.card, wish.fabric, wish.hardware)
+    job, kind = _asked(wish, config)
     recompute = wish.pins.recompute or ("projections" if job.precision == "fp8" else "attention")
     expert = wish.pins.expert or 1
     print(tables.schedules(schedules(job, kind, wish.gpus, expert, recompute, Routing(_loads(wish.loads)))))
@@ -140,9 +157,9 @@ def _place(wish: Wish, config: RunConfig) -> None:
         slots = wish.slots or (-(-len(loads) // wish.gpus) + 1) * wish.gpus
         after = place(loads, slots, config.model.num_groups, nodes, wish.gpus)
         pairs.append((unreplicated(loads, wish.gpus), after))
-    print(tables.placements(pairs))
     if wish.json:
         write(wish.json, json.dumps([after.experts for _, after in pairs]) + "\n")
+    print(tables.placements(pairs))
 
 
 def parse(arguments: Sequence[str]) -> Wish:
@@ -194,7 +211,7 @@ def _require(wish: Wish) -> None:
         raise ConfigError(f"--gpus is {wish.gpus}; a run needs at least 1.")
     if wish.slots < 0:
         raise ConfigError(f"--slots is {wish.slots}; it must be at least the number of experts, or 0.")
-    if not 0 <= wish.dollars < float("inf"):
+    if wish.dollars is not None and not 0 <= wish.dollars < float("inf"):
         raise ConfigError(f"--dollars is {wish.dollars}; it must be a number from 0 on.")
 
 

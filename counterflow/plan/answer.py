@@ -1,6 +1,6 @@
 """One plan: the layouts found, the best simulated op by op, its memory and its price; what every report prints."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from counterflow.errors import ConfigError
 from counterflow.plan.cost import Costs, Step, predict
@@ -21,7 +21,7 @@ class Assumption:
     value: float
     unit: str
     status: str
-    """data sheet, published, measured, fitted or assumed."""
+    """data sheet, published, measured (here or elsewhere), fitted or assumed."""
     source: str
 
 
@@ -45,18 +45,24 @@ def answer(
     gpus: int,
     pins: Pins = UNDECIDED,
     routing: Routing = UNIFORM,
-    dollars: float = DOLLARS,
+    dollars: float | None = None,
     reliability: Reliability = USUAL,
     placement: str = "",
 ) -> Answer:
-    """The plan for a job on so many cards.   Fails: ConfigError that says what would fit, where nothing does."""
+    """The plan for a job on so many cards.   Fails: ConfigError that says what would fit, where nothing does.
+
+    `dollars` of a card's hour; None: the report's for a GPU, and none for a CPU.
+    """
     found = search(job, hardware, gpus, pins, routing)
     if not found.best:
         raise _nothing(job, hardware, gpus, pins, found)
     best = found.best[0].layout
     require(job, best)
     step = predict(Costs(job, best, hardware, routing), placement=placement)
+    # Its headline and its row of the layouts are one number; the others' are by cells, 3 % off at most.
+    found = replace(found, best=[replace(found.best[0], seconds=step.seconds), *found.best[1:]])
     every = memory(step.costs, step.schedule, step.plans)
+    dollars = (0.0 if hardware.is_cpu else DOLLARS) if dollars is None else dollars
     cost = price(job.tokens, step.tokens_per_s, gpus, hardware.card.watts, dollars, reliability)
     return Answer(job, hardware, found, step, every, cost, assumptions(hardware, job))
 
@@ -85,7 +91,7 @@ def assumptions(hardware: Hardware, job: Job) -> list[Assumption]:
     card, fabric, parts = hardware.card, hardware.fabric, hardware.efficiencies
     rate = f"{job.bytes_of.product}_flops"
     rows = [
-        ("card", name, getattr(card, name), unit, card.source)
+        ("card", name, getattr(card, name), unit, card.source, card.status)
         for name, unit in (
             (rate, "FLOP/s"),
             ("memory_bytes", "bytes"),
@@ -94,10 +100,12 @@ def assumptions(hardware: Hardware, job: Job) -> list[Assumption]:
             ("launch_s", "s"),
         )
     ]
-    rows += [("fabric", name, getattr(fabric, name), unit, fabric.source) for name, unit in _FABRIC]
+    rows += [
+        ("fabric", name, getattr(fabric, name), unit, fabric.source, fabric.status) for name, unit in _FABRIC
+    ]
     found = [
-        Assumption(f"{where}.{name}", value, unit, _status(hardware, f"{where}.{name}", "data sheet"), source)
-        for where, name, value, unit, source in rows
+        Assumption(f"{where}.{name}", value, unit, _status(hardware, f"{where}.{name}", status), source)
+        for where, name, value, unit, source, status in rows
     ]
     for name, value in vars(parts).items():
         plain = (

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from math import log2
 
-COLOURS = ("#0b7285", "#f08c00", "#7048e8", "#2b8a3e", "#c2255c", "#868e96", "#1971c2", "#e8590c")
+COLOURS = ("#0b7285", "#f08c00", "#7048e8", "#2b8a3e", "#c2255c", "#868e96", "#1971c2", "#e8590c", "#adb5bd")
 WIDTH, LEFT, LINE = 960, 76, 18
 Place = Callable[[float, float], tuple[float, float]]
 """Pixels of a point."""

@@ -16,6 +16,8 @@ from counterflow.errors import ConfigError, nearest
 
 Part = TypeVar("Part")
 GB, GIB = 1e9, 2.0**30
+CPU_FLAGS = Path("/proc/cpuinfo")
+"""Where Linux names what the processor can; what is not there counts as without bf16 products."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Card:
     launch_s: float
     """Of the host, for one kernel."""
     source: str
+    status: str = "data sheet"
+    """How its numbers are known."""
     reserved_bytes: float = 1.5e9
     """Taken by the context, libraries' workspaces and NCCL before any tensor; assumed."""
 
@@ -54,6 +58,8 @@ class Fabric:
     """Of one card, one direction."""
     latency_s: float
     source: str
+    status: str = "data sheet"
+    """How its numbers are known."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,16 @@ class Hardware:
     """Taken from computation while a transfer runs beside it [§3.2.2]."""
     measured: tuple[str, ...] = ()
     """Names of the numbers that the user measured, such as card.bf16_flops."""
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether a card is the share of a CPU that one process has."""
+        return not self.card.multiprocessors
+
+    @property
+    def unit(self) -> str:
+        """What a card is called where there are many."""
+        return "process" if self.is_cpu else "GPU"
 
     @property
     def compute_share(self) -> float:
@@ -214,6 +230,7 @@ CARDS: Mapping[str, Card] = {
         watts=25,
         launch_s=6e-6,
         source="one core of a virtual AMD EPYC, products of 2048³ measured on two; measure yours (docs/PLANNER.md)",
+        status="measured elsewhere",
         reserved_bytes=0.4e9,
     ),
 }
@@ -230,7 +247,11 @@ FABRICS: Mapping[str, Fabric] = {
         "ethernet", 12.5 * GB / 8, 30e-6, "one 100 Gb/s port (IEEE 802.3ba) for 8 cards, TCP latency"
     ),
     "loopback": Fabric(
-        "loopback", 2 * GB, 50e-6, "processes of one machine over gloo; assumed, measure yours"
+        "loopback",
+        2 * GB,
+        50e-6,
+        "processes of one machine over gloo; measure yours (docs/PLANNER.md)",
+        "assumed",
     ),
 }
 """Fabrics by name. To add one, add an entry with its source."""
@@ -260,6 +281,19 @@ def hardware(card: str = "h800", fabric: str = "", file: str = "") -> Hardware:
             "multiprocessors; computation needs some: take a smaller number."
         )
     return found
+
+
+def fast_precision(kind: Hardware) -> str:
+    """What training does best on it: bf16 on GPUs; on a CPU by its measured rates, or else as this processor has it."""
+    if not kind.is_cpu:
+        return "bf16"
+    if {"card.bf16_flops", "card.fp32_flops"} & set(kind.measured):
+        return "bf16" if kind.flops_per_s("bf16") > kind.flops_per_s("fp32") else "fp32"
+    try:
+        flags = CPU_FLAGS.read_text(encoding="utf-8").split()
+    except OSError:
+        return "fp32"
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
 
 
 def _named(name: str, table: Mapping[str, Part], what: str) -> Part:

@@ -39,10 +39,11 @@ def files(run: RunConfig, layout: Layout, precision: str, hardware: Hardware) ->
             f"{layout.gpus} ranks on nodes of {per_node} cards; launchers start as many on each: take "
             f"{nodes * per_node} GPUs, or set card.gpus_per_node in a hardware file."
         )
+    asked = "--cpus-per-task=1" if hardware.is_cpu else f"--gpus-per-node={per_node}"
     return {
         "run.toml": note + text,
         "torchrun.sh": TORCHRUN.format(nodes=nodes, per_node=per_node),
-        "slurm.sh": SLURM.format(name=run.name, nodes=nodes, per_node=per_node),
+        "slurm.sh": SLURM.format(name=run.name, nodes=nodes, per_node=per_node, asked=asked),
     }
 
 
@@ -55,7 +56,7 @@ SLURM = """#!/bin/sh
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
 #SBATCH --ntasks-per-node={per_node}
-#SBATCH --gpus-per-node={per_node}
+#SBATCH {asked}
 #SBATCH --requeue
 # Submit this in its own folder: sbatch slurm.sh
 exec srun counterflow train run.toml "$@"

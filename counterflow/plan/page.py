@@ -8,7 +8,6 @@ from counterflow.plan.answer import Answer
 from counterflow.plan.search import cell_spans
 from counterflow.schedule import picture
 from counterflow.units import bytes_, seconds
-from counterflow.units import count as number
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --paper: #ffffff; --soft: #5d6b7a; --line: #d9dfe6;
@@ -21,7 +20,7 @@ h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6r
 .numbers { display: flex; flex-wrap: wrap; gap: 1.2rem 2.4rem; margin: 1.2rem 0 }
 .numbers b { display: block; font-size: 1.35rem; font-weight: 600 }
 .numbers span, .note { color: var(--soft); font-size: .85rem }
-.wide { overflow-x: auto } svg { color: var(--soft) }
+.wide { overflow-x: auto } .wide svg { min-width: 52rem } svg { color: var(--soft) }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600 } td, th { border-top: 1px solid var(--line); padding: .25rem 1rem .25rem 0 }
 .fitted, .assumed { color: #c92a2a } .measured { color: #2b8a3e }
@@ -30,7 +29,7 @@ th { text-align: left; font-weight: 600 } td, th { border-top: 1px solid var(--l
 
 def page(answer: Answer, name: str) -> str:
     """The whole page."""
-    title = f"{escape(name)} on {answer.step.costs.layout.gpus} {escape(answer.hardware.card.name)}"
+    title = f"{escape(name)} on {escape(report.cards(answer))}"
     sections = [
         f"<h1>{title}</h1>{_numbers(answer)}",
         f"<h2>Layouts, the best first</h2>{_table(report.layouts(answer))}{_fell_out(answer)}",
@@ -49,15 +48,16 @@ def page(answer: Answer, name: str) -> str:
 
 
 def _numbers(answer: Answer) -> str:
-    step, cost = answer.step, answer.price
+    step, cost, unit = answer.step, answer.price, answer.hardware.unit
+    paid = report.dollars(cost.dollars), f"at ${cost.dollars / cost.gpu_hours:.2f} a {unit} hour"
     shown = (
         (f"{step.seconds:.2f} s", "a step"),
-        (f"{step.tokens_per_s:.0f}", "tokens/s of a GPU"),
+        (f"{step.tokens_per_s:.0f}", f"tokens/s of a {unit}"),
         (f"{100 * step.mfu():.1f} %", "MFU, causal"),
         (bytes_(max(one.total for one in answer.memory)), "peak memory"),
         (seconds(cost.days_with_failures * 86400), "the run"),
-        (f"${number(cost.dollars)}", "at " + f"${cost.dollars / cost.gpu_hours:.2f} a GPU hour"),
-        (f"{cost.energy_mwh:.4g} MWh", "energy"),
+        *([paid] if cost.dollars else []),
+        (report.energy(cost.energy_mwh), "energy"),
     )
     items = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in shown)
     layout = (
@@ -87,7 +87,8 @@ def _timeline(answer: Answer) -> str:
     whole = sum(answer.step.schedule.microbatches)
     count = min(whole, 2 * layout.pipeline + (2 if layout.schedule == "dualpipe" else layout.pipeline))
     schedule, spans = cell_spans(answer.step.costs, count)
-    note = f"{count} of the step's {whole} micro-batches, cell by cell; hover for a cell's name and time."
+    part = report.microbatches(count) if count == whole else f"{count} of the step's {whole} micro-batches"
+    note = f"{part}, cell by cell; names and times of cells appear under the pointer."
     return f'<p class="note">{note}</p><div class="wide">{picture.svg(spans, schedule.ranks)}</div>'
 
 

@@ -31,7 +31,7 @@ def terminal(answer: Answer) -> str:
     sections = [
         _headline(answer),
         _model(answer),
-        "Layouts, the best first; simulated cell by cell:\n" + aligned(layouts(answer)),
+        "Layouts, the best first (simulated op by op, the others cell by cell):\n" + aligned(layouts(answer)),
         _why_not(answer),
         "One step of the first, simulated op by op:\n" + aligned(step_rows(answer)),
         "One layer with experts, op by op, for one micro-batch on one rank:\n" + aligned(op_rows(answer)),
@@ -45,9 +45,19 @@ def terminal(answer: Answer) -> str:
 def _headline(answer: Answer) -> str:
     job = answer.job
     return (
-        f"{answer.step.costs.layout.gpus} {answer.hardware.card.name} over {answer.hardware.fabric.name}, "
+        f"{cards(answer)} over {answer.hardware.fabric.name}, "
         f"{job.precision}, batch {job.batch_size} × {job.sequence_length} tokens: {answer.step.seconds:.2f} s a step, "
         f"{seconds(answer.price.days_with_failures * 86400)} for {number(job.tokens)} tokens."
+    )
+
+
+def cards(answer: Answer) -> str:
+    """How many of what."""
+    count, name = answer.step.costs.layout.gpus, answer.hardware.card.name
+    return (
+        f"{count} {name} {'process' if count == 1 else 'processes'}"
+        if answer.hardware.is_cpu
+        else f"{count} {name}"
     )
 
 
@@ -64,7 +74,7 @@ def _model(answer: Answer) -> str:
 
 def layouts(answer: Answer) -> list[list[str]]:
     """A row for each of the best."""
-    table = [["", "step", "tokens/s/GPU", "peak memory", "layout"]]
+    table = [["", "step", f"tokens/s/{answer.hardware.unit}", "peak memory", "layout"]]
     gpus, tokens = answer.step.costs.layout.gpus, answer.job.tokens_per_step
     for place, one in enumerate(answer.found.best, start=1):
         rate = tokens / one.seconds / gpus
@@ -94,14 +104,23 @@ def step_rows(answer: Answer) -> list[list[str]]:
         [
             "pipeline",
             f"{step.pipeline_s:.3f}",
-            f"{sum(step.schedule.microbatches)} micro-batches a data rank",
+            microbatches(sum(step.schedule.microbatches)) + " a data rank",
         ],
         ["  of it idle", f"{step.idle_s:.3f}", f"{share} of the step; by rank {least:.3f} to {most:.3f}"],
         ["gradient sums", f"{update.reduce_s:.3f}", "over the holders of each parameter"],
         ["gather weights", f"{update.gather_s:.3f}", "ZeRO-1"],
         ["Adam", f"{update.adam_s:.3f}", "norm, update, zeroing"],
-        ["step", f"{step.seconds:.3f}", f"{step.tokens_per_s:.0f} tokens/s/GPU; {_mfu(answer)}"],
+        [
+            "step",
+            f"{step.seconds:.3f}",
+            f"{step.tokens_per_s:.0f} tokens/s/{answer.hardware.unit}; {_mfu(answer)}",
+        ],
     ]
+
+
+def microbatches(count: int) -> str:
+    """In words."""
+    return f"{count} micro-batch{'es' if count != 1 else ''}"
 
 
 def _mfu(answer: Answer) -> str:
@@ -144,20 +163,42 @@ def memory_rows(every: Sequence[Memory]) -> list[list[str]]:
 
 def price_rows(answer: Answer) -> list[list[str]]:
     """Time, money, energy."""
-    cost = answer.price
+    cost, unit = answer.price, answer.hardware.unit
+    hours = f"{_few(cost.gpu_hours_per_trillion)} for a trillion tokens"
+    paid = ["dollars", dollars(cost.dollars), f"at ${cost.dollars / cost.gpu_hours:.2f} a {unit} hour"]
     return [
         ["what", "how much", ""],
-        ["GPU hours", number(cost.gpu_hours), f"{number(cost.gpu_hours_per_trillion)} for a trillion tokens"],
-        ["dollars", number(cost.dollars), f"at ${cost.dollars / cost.gpu_hours:.2f} a GPU hour"],
-        ["energy", f"{cost.energy_mwh:.4g} MWh", "sheet watts, and a facility's share"],
-        ["days of steps", f"{cost.days:.4g}", ""],
+        [f"{unit} hours", _few(cost.gpu_hours), hours],
+        *([paid] if cost.dollars else []),
+        [
+            "energy",
+            energy(cost.energy_mwh),
+            f"{answer.hardware.card.watts:g} W a {unit}, and a facility's share",
+        ],
+        ["steps alone", seconds(cost.days * 86400), ""],
         ["failures", f"{cost.failures:.3g}", f"a checkpoint every {seconds(cost.interval_s)}"],
         [
-            "days in all",
-            f"{cost.days_with_failures:.4g}",
+            "in all",
+            seconds(cost.days_with_failures * 86400),
             f"failures and checkpoints add {100 * cost.overhead:.2g} %",
         ],
     ]
+
+
+def _few(value: float) -> str:
+    """A count in three or more significant digits."""
+    return number(value) if value >= 1e3 else f"{value:.3g}"
+
+
+def dollars(value: float) -> str:
+    """To the cent where cents count."""
+    return f"${number(value)}" if value >= 1e3 else f"${value:.2f}"
+
+
+def energy(mwh: float) -> str:
+    """In the largest unit of which there is one."""
+    factor, unit = next((pair for pair in ((1.0, "MWh"), (1e3, "kWh")) if mwh * pair[0] >= 1), (1e6, "Wh"))
+    return f"{mwh * factor:.4g} {unit}"
 
 
 def assumption_rows(answer: Answer) -> list[list[str]]:

@@ -18,6 +18,7 @@ from counterflow.plan.job import RECOMPUTES, Job, Layout
 from counterflow.plan.memory import Memory, memory
 from counterflow.plan.routing import UNIFORM, Routing
 from counterflow.plan.stages import stage_plans, units
+from counterflow.progress import watched
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.measure import BUBBLES
 from counterflow.schedule.simulate import Costs as ChunkCosts
@@ -76,9 +77,10 @@ def search(
     """The best layouts on `gpus` cards.   Fails: ConfigError where there are no cards or the pins contradict."""
     fitting, others = fitting_layouts(job, hardware, gpus, pins, routing)
     timed = [replace(one, seconds=estimate(Costs(job, one.layout, hardware, routing))) for one in fitting]
-    timed.sort(key=lambda one: one.seconds)
+    timed = sorted(timed, key=lambda one: one.seconds)[:FINALISTS]
     finalists = [
-        replace(one, seconds=by_cells(Costs(job, one.layout, hardware, routing))) for one in timed[:FINALISTS]
+        replace(one, seconds=by_cells(Costs(job, one.layout, hardware, routing)))
+        for one in watched(timed, "simulating the best layouts", len(timed))
     ]
     return replace(others, best=sorted(finalists, key=lambda one: one.seconds)[:top], fitting=len(fitting))
 
@@ -93,7 +95,7 @@ def fitting_layouts(
     fell_out: Counter[str] = Counter()
     fitting: list[Candidate] = []
     least: Candidate | None = None
-    for layout in layouts(job, gpus, pins, fell_out):
+    for layout in watched(layouts(job, gpus, pins, fell_out), "layouts that fit", unit="tried"):
         costs = Costs(job, layout, hardware, routing)
         every = memory(costs, _least_schedule(layout, job), _plans(job.model, _stages(layout)))
         candidate = Candidate(layout, 0.0, max(every, key=lambda one: one.total))

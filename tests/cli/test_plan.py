@@ -1,6 +1,7 @@
 """`counterflow plan` as a user types it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,9 @@ def test_a_plan_is_printed_and_written(capsys, tmp_path):
     found = json.loads(numbers.read_text())
     assert found["batch_size"] == 256 and found["gpus"] == 4
     steps = [one["step_s"] for one in found["layouts"]]
-    assert steps == sorted(steps) and found["step"]["seconds"] > 0
+    assert steps[1:] == sorted(steps[1:]) and steps[0] == found["step"]["seconds"] < 1.03 * steps[1]
+    first = out.split("peak memory  layout\n")[1].split()[1:3]
+    assert f"{float(first[0]):.2f} s a step" in out.splitlines()[0] and first[1] == "s"
     peak = max(one["total"] for one in found["memory"])
     assert peak <= 80e9 and peak == pytest.approx(found["layouts"][0]["peak_bytes"], rel=0.01)
 
@@ -82,6 +85,38 @@ def test_launch_writes_what_train_accepts(capsys, tmp_path):
         assert subprocess.run(["sh", "-n", folder / script], check=False, timeout=20).returncode == 0
         assert "counterflow train" in (folder / script).read_text()
     assert "--nproc-per-node 4" in (folder / "torchrun.sh").read_text()
+
+
+def test_a_plan_for_cpus_speaks_of_processes_and_trains_what_they_multiply_fast(
+    capsys, tmp_path, monkeypatch
+):
+    flags, page, folder = tmp_path / "cpuinfo", tmp_path / "plan.html", tmp_path / "launch"
+    monkeypatch.setattr("counterflow.plan.hardware.CPU_FLAGS", flags)
+    words = ["plan", "tiny", "--card", "cpu", "--gpus", "2", "--micro-batch", "8"]
+    flags.write_text("flags : fpu avx2 avx512_bf16\n")
+    assert main(words) == 0
+    assert "Planning in bf16, what this machine's processor" in capsys.readouterr().err
+    flags.write_text("flags : fpu avx2\n")
+    assert main([*words, "--html", str(page), "--launch", str(folder)]) == 0
+    out, error = capsys.readouterr()
+    assert error.startswith("Planning in fp32, ") and error.count("\n") == 1
+    assert "tokens/s/process" in out and "process hours" in out and "measured elsewhere" in out
+    shown = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page.read_text(), flags=re.DOTALL)
+    for text in (out, shown):
+        assert not re.search(r"GPU|\$|data sheet|MWh|\de-\d+ Wh", text)
+    assert load_run(str(folder / "run.toml")).train.precision == "fp32"
+    slurm = (folder / "slurm.sh").read_text()
+    assert "--cpus-per-task=1" in slurm and "gpus" not in slurm
+    assert main([*words, "--precision", "bf16", "--dollars", "0.5"]) == 0
+    out, error = capsys.readouterr()
+    assert not error and "at $0.50 a process hour" in out and ", bf16, " in out
+
+
+def test_files_are_written_though_nobody_reads_to_the_end(tmp_path):
+    words = "plan tiny --card cpu --gpus 1 --micro-batch 8 --html plan.html --launch launch"
+    command = f"{sys.executable} -c 'from counterflow.cli import main; main()' {words} | true"
+    subprocess.run(["sh", "-c", command], check=True, cwd=tmp_path, timeout=60, capture_output=True)
+    assert (tmp_path / "plan.html").is_file() and (tmp_path / "launch" / "run.toml").is_file()
 
 
 def test_copies_of_experts_are_placed(capsys, tmp_path):
