@@ -81,7 +81,8 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
 def start_from(run: RunConfig, step: int, checkpoints: Checkpoints) -> None:
     """Give a run that begins with the weights of another model its step 0."""
     if run.train.start_from and not step and 0 not in checkpoints.steps():
-        write_start(folder_of(run.train.start_from), checkpoints)
+        alone = Checkpoints(checkpoints.folder, checkpoints.keep)  # the others do not write
+        write_start(folder_of(run.train.start_from), alone)
 
 
 def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
