@@ -85,6 +85,12 @@ class Picture:
         moving = sum(span.end - span.start for span in self.spans if span.lane is Lane.ALL_TO_ALL)
         return tuple(Lane) if moving > VISIBLE * self.ranks * (end - start) else LONE
 
+    @cached_property
+    def waits(self) -> bool:
+        """Whether a rank computes less than all the time."""
+        busy = sum(span.end - span.start for span in self.spans if span.lane is Lane.COMPUTE)
+        return busy < 0.999 * self.ranks * (self.whole[1] - self.whole[0])
+
 
 def svg(spans: Sequence[Span], ranks: int, title: str = "", unit: str = "s") -> str:
     """One picture; `unit` is the spans', and seconds are shown as ms or µs where they are small."""
@@ -312,7 +318,7 @@ def _entries(pictures: Sequence[Picture]) -> Iterator[tuple[str, str]]:
     yield from ((f"{kind} l", MEANINGS[kind]) for kind in Kind if kind in kinds)
     if any(chunk.stage.pipe for _, chunk in pieces):
         yield "F r l", "lighter: in the reverse direction"
-    if spans:
+    if any(one.waits for one in pictures):
         yield "w", "waiting"
     if len(pieces) > len(spans):
         yield "", "two halves in an outline: both overlapped"

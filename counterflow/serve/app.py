@@ -9,6 +9,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from html import escape
 from importlib.resources import files
 from time import time
 from typing import Any
@@ -46,6 +47,8 @@ class Service:
     """To the other ranks that share the engine's experts."""
     when_failed: Callable[[], None] = lambda: None
     """Called once if the engine has failed: it serves nobody any more."""
+    guarded: bool = False
+    """Whether /v1/ asks for a key."""
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time()))
     _worker: Worker | None = None
@@ -101,8 +104,12 @@ class Service:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def page(self) -> Response:
-        """GET /: the page to try the model."""
-        return HTMLResponse(files("counterflow.serve").joinpath("page.html").read_text(encoding="utf-8"))
+        """GET /: the page to try the model; it asks for a key where the API does."""
+        text = files("counterflow.serve").joinpath("page.html").read_text(encoding="utf-8")
+        text = text.replace("GUARDED", "true" if self.guarded else "false").replace(
+            "MODEL", escape(self.name)
+        )
+        return HTMLResponse(text)
 
     def require_model(self, asked: Asked) -> None:
         """Fails (HTTPException 404) if another model was meant."""
@@ -175,6 +182,7 @@ async def _watch(request: Request, ticket: Ticket) -> None:
 
 def application(service: Service, api_key: str = "", max_body_bytes: int = 2**20) -> App:
     """The ASGI application; with an `api_key`, /v1/ asks for it as a bearer token."""
+    service.guarded = bool(api_key)
     app = FastAPI(title="Counterflow", lifespan=service.life, docs_url=None, redoc_url=None, openapi_url=None)
     app.post("/v1/completions", response_model=None)(service.completions)
     app.post("/v1/chat/completions", response_model=None)(service.chat)

@@ -141,13 +141,14 @@ def test_the_legend_names_what_is_drawn_and_nothing_else():
         (Chunk(Kind.F, StageId(1, 0), 1), Chunk(Kind.B, StageId(0, 0), 0)),
     )
     forward, waits, number = "forward", "waiting", "a number: the micro-batch"
-    assert legend(svg([Span(0, cell, 0, 1)], 1)) == [forward, waits, number]
+    assert legend(svg([Span(0, cell, 0, 1)], 1)) == [forward, number]
+    assert legend(svg([Span(0, cell, 0, 1)], 2)) == [forward, waits, number]
     lighter, halves = "lighter: in the reverse direction", "two halves in an outline: both overlapped"
-    both = svg([Span(0, cell, 0, 1), Span(0, pair, 1, 3)], 1)
+    both = svg([Span(0, cell, 0, 1), Span(0, pair, 2, 3)], 1)
     assert legend(both) == [forward, "backward", lighter, waits, halves, number]
     op = Op(Kind.F, Part.ATTN, 2, cell[0])
     text = svg([Span(0, op, 0, 1)], 1)
-    assert legend(text) == [forward, waits, "a word: part and layer"] and ">ATTN 2<" in text
+    assert legend(text) == [forward, "a word: part and layer"] and ">ATTN 2<" in text
 
 
 def legend(text: str) -> list[str]:

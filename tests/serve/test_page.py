@@ -41,6 +41,13 @@ def test_the_page_writes_on_what_was_typed(page, tokenizer):
         home = f"http://127.0.0.1:{server.port}/"
         page.open(home)
         assert page.value("document.body.scrollWidth <= innerWidth")
+        assert (
+            page.value("document.querySelector('h1').textContent + document.title") == "toytoy · Counterflow"
+        )
+        assert page.value("document.querySelector('#key').getBoundingClientRect().width") == 0, (
+            "no key is needed"
+        )
+        assert not page.value(f"{TEXT} !== {TEXT}.trim()"), "a space behind the prompt makes worse tokens"
         asked(page, text=PROMPT, max_tokens=24, temperature=0, top_p=1)
         assert page.wait(f"{RESTING} && {SAID}").startswith("24 tokens in ")
         whole = page.value(TEXT)
