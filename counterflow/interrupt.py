@@ -18,6 +18,7 @@ from types import FrameType
 GRACE_S = 0.7
 """What the main thread has to take an interrupt before the process ends without it."""
 INTERRUPTED = 128 + signal.SIGINT
+SHOW_CURSOR = "\x1b[?25h"
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl."""
 
@@ -124,6 +125,8 @@ def say_interrupted() -> None:
 
 
 def end_now() -> None:
-    """End the process from any thread; nothing is tidied up."""
+    """End the process from any thread; nothing is tidied up but the terminal, whose cursor a progress line hides."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"{SHOW_CURSOR}\n")
     say_interrupted()
     os._exit(INTERRUPTED)
