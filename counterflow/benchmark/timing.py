@@ -18,6 +18,8 @@ from counterflow.plan.job import Job, Layout
 from counterflow.plan.work import Workload
 from counterflow.schedule.words import Kind
 
+ENOUGH, FEWEST = 10, 3
+"""Times the least seconds that all repeats of an act may take, and how many are made even so."""
 COPIES = 8
 """Of an act's operands, used in turn: as in training, where each op meets another layer's or micro-batch's."""
 
@@ -67,6 +69,8 @@ class Bench:
     def seconds(self, make: Callable[[], Callable[[], object]]) -> float:
         """Of one act, the median of means; `make` draws its operands, a few times over, so that no cache holds them.
 
+        Slow acts are repeated less often: enough is `ENOUGH` times the least seconds.
+
         One thread's processor time where there is one thread: other work hardly enters into it.
         """
         acts = [make() for _ in range(COPIES)]
@@ -77,7 +81,10 @@ class Bench:
         for act in acts:
             act()
         wait()
-        for _ in range(self.settings.repeats):
+        begun = clock()
+        for number in range(self.settings.repeats):
+            if number >= FEWEST and clock() - begun > ENOUGH * self.settings.seconds:
+                break
             start, runs = clock(), 0
             while runs == 0 or clock() - start < least:
                 for act in acts:
