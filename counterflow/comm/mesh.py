@@ -11,7 +11,7 @@ torch.distributed for anything.
 import os
 import pickle
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -101,6 +101,8 @@ class Mesh:
     """Data ranks that share a layer's experts; divides `data`."""
     multiprocessors: int = 0
     """Of each GPU, for all communication during a pass; 0: no bound."""
+    objects: dist.ProcessGroup | None = None
+    """What carries Python objects between the ranks; None: the default group."""
 
     @property
     def size(self) -> int:
@@ -131,6 +133,11 @@ class Mesh:
     def first(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
+
+    def apart(self) -> "Mesh":
+        """This mesh with a group of its own for objects, for a thread beside the one that trains. A collective."""
+        group = dist.new_group(backend="gloo") if self.size > 1 else None
+        return replace(self, objects=group if isinstance(group, dist.ProcessGroup) else None)
 
     def bring(self, samples: Tensor) -> Tensor:
         """Samples of the host's on this rank's device; a GPU is not waited for, as a plain copy would."""
@@ -210,7 +217,7 @@ class Mesh:
             except CounterflowError as error:
                 outcome = [None, error]
             pickle.dumps(outcome)
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self.objects)
         if isinstance(outcome[1], CounterflowError):
             outcome[1].shared = True
             raise outcome[1]
@@ -236,7 +243,7 @@ class Mesh:
         if self.size == 1:
             return [value]
         every = [value] * self.size
-        dist.all_gather_object(every, value)
+        dist.all_gather_object(every, value, group=self.objects)
         return every
 
     def union(self, names: Iterable[str]) -> set[str]:

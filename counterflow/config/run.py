@@ -243,6 +243,9 @@ class Keep:
     old folder moved aside."""
     checkpoint_every: int = 100
     """Steps between checkpoints; the last step always writes one."""
+    checkpoint_async: bool = True
+    """Copy a checkpoint to memory and write it while training goes on, where half of the host's free memory holds the
+    copy: 12 bytes a parameter, 4 more for averaged weights. Otherwise training waits."""
     checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     eval_every: int = 100

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from counterflow.comm.mesh import Mesh
 from counterflow.errors import CheckpointError
 from counterflow.train import manifest
+from counterflow.train.files import PieceWriter
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
 WRITING, REMOVING = ".writing", ".removing"
@@ -59,20 +60,31 @@ class Checkpoints:
         Older checkpoints are untouched until this one is whole. A collective. Fails, on every rank:
         CheckpointError that names path, cause and remedy.
         """
+        with quiet():
+            return self.write(step, pieces, state)
+
+    def write(self, step: int, pieces: Mapping[str, Piece | Tensor], state: Mapping[str, Any]) -> Path:
+        """`save`, for a thread: torch's warnings are the caller's to silence."""
         final = self.path(step)
         writing = final.with_name(final.name + WRITING)
+        files = PieceWriter(writing)
 
         def prepare() -> None:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
 
         def write() -> None:
-            with _quiet():
-                alone = self.mesh.size == 1
-                dcp.save(_pieces(pieces), checkpoint_id=str(writing), planner=SavePieces(), no_dist=alone)
+            alone, group = self.mesh.size == 1, self.mesh.objects
+            dcp.save(
+                _pieces(pieces),
+                storage_writer=files,
+                planner=SavePieces(),
+                process_group=group,
+                no_dist=alone,
+            )
 
         def finish() -> None:
-            manifest.write(writing, state)
+            manifest.write(writing, state, sums)
             if final.exists():
                 _remove(final)
             writing.rename(final)
@@ -81,6 +93,7 @@ class Checkpoints:
 
         self.mesh.first_does(lambda: self._guarded(prepare, final))
         self.mesh.all_do(lambda: self._guarded(write, final))
+        sums = {name: sum for some in self.mesh.everyone(files.sums) for name, sum in some.items()}
         self.mesh.first_does(lambda: self._guarded(finish, final))
         return final
 
@@ -119,7 +132,7 @@ class Checkpoints:
         path, wanted = self.path(step), _pieces(pieces)
         self.mesh.first_does(lambda: self.verify(step))
         self.mesh.all_do(lambda: self._match(path, wanted, some))
-        with _quiet():
+        with quiet():
             dcp.load(dict(wanted), checkpoint_id=str(path), planner=LoadPieces(), no_dist=True)
 
     def _match(self, path: Path, pieces: Mapping[str, Piece], some: bool) -> None:
@@ -184,8 +197,8 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that there is no process group, which is what `no_dist` asks for."""
+def quiet() -> Iterator[None]:
+    """Without DCP's warning that there is no process group, which is what `no_dist` asks for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")

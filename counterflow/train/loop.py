@@ -10,7 +10,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,9 @@ from counterflow.plan.count import count_parameters
 from counterflow.progress import Progress
 from counterflow.train import lr
 from counterflow.train.begin import begin, folder_for, locked, require_memory
+from counterflow.train.behind import Behind
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.collapse import Collapses
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
 from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Tracker, facts
@@ -187,7 +188,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: floa
 def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> tuple[int, float]:
     """Step, measure and save until the end or a signal; the signal or 0, and seconds trained, earlier ones included."""
     keep, start, mesh = trainer.run.keep, time.perf_counter(), trainer.mesh
-    stopped, collapses, length = 0, set(), trainer.run.data.sequence_length
+    stopped, collapses, length = 0, Collapses(), trainer.run.data.sequence_length
     planned = lr.num_steps(trainer.run.train, length, trainer.grain), trainer.total * length
     with ExitStack() as stack:
         tracker = Tracker(folder, trainer.run) if mesh.first and keep.wandb else None
@@ -197,6 +198,7 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
         progress = Progress("", trainer.total, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
         stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
+        saver = stack.enter_context(Behind(checkpoints, keep.checkpoint_async, progress.note))
         while trainer.sample < trainer.total and not stopped:
             values = timed_step(trainer, folder)
             last = trainer.sample >= trainer.total
@@ -204,18 +206,19 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
                 values |= evaluate(trainer, None if last else keep.eval_samples, progress)
             values |= {
                 "seconds": already + time.perf_counter() - start,
+                "checkpoint_seconds": saver.waited(),
                 "memory_bytes": peak_memory(trainer.device),
             }
             if metrics and (last or trainer.steps % keep.log_every == 0 or "held_out_loss" in values):
                 metrics.write(values)
-            for line in collapsed(values, collapses):
+            if line := collapses.line(trainer.steps, values["load"], trainer.done < trainer.warmup):
                 progress.note(line)
             progress.update(trainer.sample, *facts(values, *planned))
-            stopped = max(mesh.everyone(stops[0] if stops else 0))
+            stopped = saver.agreed(stops[0] if stops else 0)
             if last or stopped or trainer.steps % keep.checkpoint_every == 0:
                 state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 state["fingerprint"] = trainer.samples.fingerprint
-                checkpoints.save(trainer.steps, trainer.pieces(), state)
+                saver.save(trainer.steps, trainer.pieces(), state)
     return stopped, already + time.perf_counter() - start
 
 
@@ -239,25 +242,11 @@ def recorded_steps(run: RunConfig, grain: Grain) -> tuple[int, ...]:
     return min(FIRST_RECORD, whole), max(min(FIRST_RECORD, whole), min(RECORD, whole // 2))
 
 
-def collapsed(values: dict[str, Any], known: set[str]) -> Iterator[str]:
-    """A line for every layer whose routing has collapsed, more than half of its experts without a token; said once."""
-    for layer, counts in values["load"].items():
-        dead = sum(count == 0 for count in counts)
-        if 2 * dead <= len(counts):
-            known.discard(layer)
-        elif layer not in known:
-            known.add(layer)
-            yield (
-                f"step {values['step']}: routing of {layer} has collapsed, {dead} of {len(counts)} experts got no "
-                "token; raise train.bias_speed or lower train.lr.peak if it stays so"
-            )
-
-
 def evaluate(trainer: Trainer, most: int | None, progress: Progress) -> dict[str, float]:
     """Held-out loss over at most so many samples (None: all), in nats a token and in bits per byte of text; noted."""
     held_out = trainer.samples.num_held_out
     number = held_out if most is None else min(most, held_out)
-    done = 0
+    done, start = 0, time.perf_counter()
 
     def watch(samples: int) -> None:
         nonlocal done
@@ -268,7 +257,8 @@ def evaluate(trainer: Trainer, most: int | None, progress: Progress) -> dict[str
         loss = trainer.held_out_loss(number, watch)
     bits = loss / LN2 / trainer.samples.bytes_per_token
     progress.note(f"step {trainer.steps}: held-out {bits:.3f} bits per byte")
-    return {"held_out_loss": loss, "held_out_bpb": bits}
+    took = time.perf_counter() - start
+    return {"held_out_loss": loss, "held_out_bpb": bits, "held_out_seconds": took}
 
 
 def peak_memory(device: torch.device) -> int:

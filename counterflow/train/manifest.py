@@ -5,6 +5,7 @@ torch is imported, so that a finished run says so at once. Not taken: a file bes
 which could say another thing than they do.
 """
 
+import errno
 import json
 import os
 import zlib
@@ -53,12 +54,19 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{file} is corrupt: its CRC is not the manifest's; {_instead(path)}")
 
 
-def write(folder: Path, state: Mapping[str, Any]) -> None:
-    """The manifest of all files there, everything flushed to disk, the folder last."""
+def write(folder: Path, state: Mapping[str, Any], sums: Mapping[str, Mapping[str, int]]) -> None:
+    """The manifest of all files there, everything flushed to disk, the folder last.
+
+    `sums` are sizes and CRCs of files by who wrote and flushed them.   Fails: OSError where one has another size.
+    """
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "crc32": crc_of(path)}
-        flush(path)
+        size = path.stat().st_size
+        if path.name not in sums:
+            flush(path)
+        elif size != sums[path.name]["bytes"]:
+            raise OSError(errno.EIO, f"{path.name} has {size} of {sums[path.name]['bytes']} bytes written")
+        files[path.name] = dict(sums.get(path.name) or {"bytes": size, "crc32": crc_of(path)})
     manifest = folder / MANIFEST
     crc = _own_crc(files, state)
     manifest.write_text(json.dumps({"crc32": crc, "files": files, "state": dict(state)}, indent=1))

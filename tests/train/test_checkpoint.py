@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from counterflow.errors import CheckpointError
+from counterflow.train.behind import Behind, free_memory
 from counterflow.train.checkpoint import WRITING, Checkpoints, _os_error
+from counterflow.train.files import SummedFiles
 from counterflow.train.manifest import MANIFEST
+from counterflow.train.piece import Piece
 from tests import processes
 
 
@@ -141,12 +144,95 @@ def test_the_systems_error_is_found_behind_others():
         assert _os_error(error) is inner
 
 
+def test_a_copy_is_of_one_moment_and_the_next_save_waits(tmp_path):
+    """Training goes on in the same tensors while the copy is written."""
+    kept, live, said = Checkpoints(tmp_path, keep=3), pieces_of(tensors(0)), []
+    with Behind(kept, True, said.append) as saver:
+        for step in (1, 2, 3):
+            for name, tensor in pieces_of(tensors(step)).items():
+                live[name].value.copy_(tensor.value)
+            saver.save(step, live, {"sample": step})
+            for piece in live.values():
+                piece.value.zero_()
+        assert saver.agreed(0) == 0 and saver.agreed(15) == 15
+    assert kept.steps() == [1, 2, 3] and len(said) == 1 and "copied to memory" in said[0]
+    for step in kept.steps():
+        loaded = {name: torch.zeros_like(tensor) for name, tensor in tensors().items()}
+        kept.load(step, loaded)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(step).items())
+        assert kept.state(step) == {"sample": step}
+
+
+@pytest.mark.parametrize("asked", ["agreed", "save", "wait", "end"])
+def test_a_writers_error_is_raised_when_training_next_asks_and_nothing_is_lost(tmp_path, asked):
+    kept, pieces = Checkpoints(tmp_path, keep=2), pieces_of(tensors())
+    in_the_way = kept.path(2).with_name(kept.path(2).name + WRITING)
+    with (
+        pytest.raises(CheckpointError, match=r"step-00000002 could not be written;.*untouched: step 1"),
+        Behind(kept, True, print) as saver,
+    ):
+        saver.save(1, pieces, {})
+        saver.wait()
+        in_the_way.touch()
+        saver.save(2, pieces, {})
+        if asked == "agreed":
+            while not saver.agreed(0):  # until the writer has failed
+                pass
+        elif asked != "end":
+            {"save": lambda: saver.save(3, pieces, {}), "wait": saver.wait}[asked]()
+    assert kept.steps() == [1]
+    in_the_way.unlink()
+    with Behind(kept, True, print) as saver:
+        saver.save(2, pieces, {})
+    assert kept.steps() == [1, 2]
+
+
+def test_where_memory_is_short_training_waits_and_it_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("counterflow.train.behind.free_memory", lambda: 1000)
+    kept, said = Checkpoints(tmp_path, keep=2), []
+    with Behind(kept, True, said.append) as saver:
+        for step in (1, 2):
+            saver.save(step, pieces_of(tensors()), {})
+            assert kept.steps()[-1] == step
+    assert len(said) == 1 and "1000 B of memory free: training waits" in said[0]
+
+
+def test_this_machines_free_memory_is_known():
+    assert 1 << 20 < free_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_an_error_in_any_of_the_threads_that_write_is_raised(tmp_path, monkeypatch):
+    """torch's own threads would lose it, and the checkpoint would lack their tensors."""
+    monkeypatch.setattr("counterflow.train.files.os.cpu_count", lambda: 16)
+    kept = Checkpoints(tmp_path, keep=1)
+    path = kept.save(1, tensors(), {})
+    assert len(list(path.glob("*.distcp"))) == 4
+    kept.load(1, tensors(5))
+    plain = SummedFiles.create_stream
+
+    def full(self, path, mode):
+        if path.name.startswith("__0_2_"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(self, path, mode)
+
+    monkeypatch.setattr(SummedFiles, "create_stream", full)
+    with pytest.raises(CheckpointError, match="no space is left there"):
+        kept.save(2, tensors(), {})
+    assert kept.steps() == [1]
+
+
+def pieces_of(given: dict[str, torch.Tensor]) -> dict[str, Piece]:
+    return {name: Piece.whole(tensor) for name, tensor in given.items()}
+
+
 DIER = """
 import os, shutil, signal, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
 import torch
+from counterflow.train.behind import Behind
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.piece import Piece
 
 ACTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 first, left = Path(sys.argv[1]) / "first", Path(sys.argv[1]) / "left"
@@ -170,7 +256,9 @@ def save(step, die_at=None):
                 os.kill(os.getpid(), signal.SIGKILL)
     if die_at:
         sys.addaudithook(count)
-    Checkpoints(left if die_at else first, keep=2).save(step, tensors(step), {"sample": step})
+    pieces = {name: Piece.whole(tensor) for name, tensor in tensors(step).items()}
+    with Behind(Checkpoints(left if die_at else first, keep=2), True, str) as saver:
+        saver.save(step, pieces, {"sample": step})
 
 def check():
     kept = Checkpoints(left, keep=2)
@@ -197,7 +285,7 @@ for die_at in range(1, 1000):
 
 @pytest.mark.slow
 def test_killed_before_any_file_operation_every_checkpoint_loads(tmp_path):
-    """Not at random: the process dies once before each of a save's operations, the removal of old ones included."""
+    """Not at random: the process dies once before each operation of a save behind it, removal of old ones included."""
     done = processes.run([sys.executable, "-c", DIER, str(tmp_path)])
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) > 10
@@ -206,13 +294,18 @@ def test_killed_before_any_file_operation_every_checkpoint_loads(tmp_path):
 SAVER = """
 import sys, torch
 from pathlib import Path
+from counterflow.train.behind import Behind
 from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.piece import Piece
 kept = Checkpoints(Path(sys.argv[1]), keep=2)
 step = (kept.steps() or [0])[-1]
+a, b = torch.zeros(200_000), torch.tensor(0)
 print("ready", flush=True)
-while True:
-    step += 1
-    kept.save(step, {"a": torch.full((200_000,), float(step)), "b": torch.tensor(step)}, {"sample": step})
+with Behind(kept, True, str) as saver:
+    while True:
+        step += 1
+        a.fill_(step), b.fill_(step)
+        saver.save(step, {"a": Piece.whole(a), "b": Piece.whole(b)}, {"sample": step})
 """
 
 

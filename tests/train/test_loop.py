@@ -14,7 +14,6 @@ import torch
 from counterflow.cli import main
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS
-from counterflow.train.loop import collapsed
 from counterflow.train.metrics import read
 from tests import processes
 from tests.train.runs import overrides, write_text
@@ -267,13 +266,3 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
     assert "step 7: weight 'head' is not finite" in capsys.readouterr().err
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5]
     assert (tmp_path / "run" / "report.html").is_file()
-
-
-def test_a_collapsed_layer_is_named_once():
-    known: set[str] = set()
-    values = {"step": 3, "load": {"layers.1": [8, 0, 0, 0], "layers.2": [2, 2, 0, 4]}}
-    (line,) = collapsed(values, known)
-    assert "step 3: routing of layers.1 has collapsed, 3 of 4 experts" in line
-    assert not list(collapsed(values, known))
-    assert not list(collapsed(values | {"load": {"layers.1": [2, 2, 2, 2]}}, known))
-    assert list(collapsed(values, known))

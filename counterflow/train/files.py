@@ -1,0 +1,112 @@
+"""The files of a checkpoint: written by several threads, each file's size and CRC known when it is closed.
+
+torch's distributed checkpoint plans which rank writes what; here is how a rank does it. Not taken: its own threads,
+which lose the error of all but one and would give a file that lacks tensors its name; and a CRC read from the disk
+afterwards by the first rank, which costs a pass over every rank's files.
+"""
+
+import os
+import threading
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from io import IOBase
+from pathlib import Path
+from typing import Any, cast
+
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+CORES_EACH = 4
+"""Of the machine for every thread that writes, so that writing leaves most of them to the training."""
+MOST_THREADS = 4
+"""Of a rank: as many as fill a disk."""
+
+
+class SummedFile:
+    """A file to write that sums what goes through it."""
+
+    def __init__(self, file: IOBase) -> None:
+        self.file, self.bytes, self.crc32 = cast("Any", file), 0, 0
+        self.tell, self.flush, self.fileno, self.close = file.tell, file.flush, file.fileno, file.close
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of it; summing and writing both let other threads run."""
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.bytes += len(data)
+        return self.file.write(data)
+
+
+class SummedFiles(FileSystem):
+    """The file system, with the sums of all files that were written to it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[str, int]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[IOBase, None, None]:
+        """A file; of one to write, the sums are kept when it is closed."""
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            file = SummedFile(stream)
+            yield cast("IOBase", file)
+        self.sums[Path(path).name] = {"bytes": file.bytes, "crc32": file.crc32}
+
+
+class PieceWriter(FileSystemWriter):
+    """Writes a rank's pieces into as many files as it has threads; `sums` are the files' sizes and CRCs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)
+        self.fs = SummedFiles()
+
+    @property
+    def sums(self) -> dict[str, dict[str, int]]:
+        """Of the files written here, by name."""
+        return self.fs.sums
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the plan's pieces.   Fails: with the first error of any thread."""
+        written: list[WriteResult] = []
+        errors: list[BaseException] = []
+
+        def write(number: int, items: list[WriteItem]) -> None:
+            prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            part = replace(plan, items=items, storage_data=prefix)
+            try:
+                written.extend(super(PieceWriter, self).write_data(part, planner).value())
+            except BaseException as error:  # a thread's error is the caller's
+                errors.append(error)
+
+        parts = split(plan.items, max(1, min(MOST_THREADS, (os.cpu_count() or 1) // CORES_EACH)))
+        threads = [threading.Thread(target=write, args=one, daemon=True) for one in enumerate(parts)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(written)
+        return done
+
+
+def split(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
+    """The items in at most so many parts of about the same size."""
+    lists, sizes = [[] for _ in range(parts)], [0] * parts
+    for item in sorted(items, key=_elements, reverse=True):
+        place = sizes.index(min(sizes))
+        lists[place].append(item)
+        sizes[place] += _elements(item)
+    return [part for part in lists if part]
+
+
+def _elements(item: WriteItem) -> int:
+    assert item.tensor_data is not None, "a checkpoint is made of tensors"
+    return item.tensor_data.chunk.sizes.numel()
