@@ -110,7 +110,7 @@ def compared(run: RunConfig, file: Path, device: torch.device, steps: int) -> di
     costs = Costs(job, Layout(1, 1, 1, run.train.micro_batch_size, name), hardware(file=str(file)))
     step = predict(costs, schedule=RULES[name](1, costs.layout.microbatches(job), None))
     (rank,) = memory(costs, step.schedule, step.plans)
-    expected, words = rank.total - rank.reserved - rank.averages, ""
+    expected, words = rank.total - rank.reserved - rank.averages - rank.checkpoint, ""
     row: dict[str, Any] = {"schedule": name, "memory": vars(rank)}
     plan = planned(step)
     row["predicted"] = {"step_s": step.seconds, "update_s": step.update.seconds, "bytes": expected, **plan}

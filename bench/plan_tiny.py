@@ -117,11 +117,12 @@ def compared(run: RunConfig, costs: Costs, steps: int) -> dict[str, object]:
     ranks = trained(run, steps)
     clock = statistics.median(max(both) for both in zip(*(rank["clock_s"] for rank in ranks)))
     used = statistics.median(sum(both) for both in zip(*(rank["processor_s"] for rank in ranks)))
+    planned = expected.total - expected.checkpoint  # none is written here
     peak, in_use = (max(rank["phases"][name] for rank in ranks) for name in ("peak", "in use"))
     print(
         f"{costs.layout.schedule:9} clock {step.seconds:.3f} s predicted, {clock:.3f} measured: "
         f"{step.seconds / clock - 1:+.0%}; processors {busy:.3f} and {used:.3f}: {busy / used - 1:+.0%}; memory "
-        f"{expected.total / 1e6:.0f} and {in_use / 1e6:.0f} MB in use: {expected.total / in_use - 1:+.0%}, "
+        f"{planned / 1e6:.0f} and {in_use / 1e6:.0f} MB in use: {planned / in_use - 1:+.0%}, "
         f"{peak / 1e6:.0f} resident",
         flush=True,
     )
@@ -132,7 +133,7 @@ def compared(run: RunConfig, costs: Costs, steps: int) -> dict[str, object]:
     predicted = {
         "step_s": step.seconds,
         "processor_s": busy,
-        "bytes": expected.total,
+        "bytes": planned,
         "memory": vars(expected),
     }
     measured = {

@@ -50,6 +50,10 @@ class Memory:
     moments: float
     averages: float
     """Of the weights (EMA), where the ranks are a CPU's; beside a GPU they are in the host's memory."""
+    checkpoint: float
+    """The copy of what is written behind the training, where the ranks are a CPU's."""
+    host: float
+    """In the memory of a GPU's host, for this rank: averages and the copy of a checkpoint; not in the total."""
     activations: float
     """In flight at the peak, owed weight gradients included."""
     transient: float
@@ -63,7 +67,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it."""
-        states = self.weights + self.gradients + self.masters + self.moments + self.averages
+        states = self.weights + self.gradients + self.masters + self.moments + self.averages + self.checkpoint
         return states + self.activations + self.transient + self.buffers + self.reserved
 
 
@@ -94,13 +98,18 @@ def _of_rank(
         if total > activations:
             activations, cell = total, state.cell
     parts = {part for stage in stages for part, _ in plans[stage.index]}
+    averages = owned * 4 * job.averaged
+    copy = owned * ((bytes_.master or bytes_.weight) + 2 * bytes_.moment) + averages
+    on_gpu = costs.load.on_gpu
     return Memory(
         rank=rank,
         weights=(dense + sparse) * bytes_.weight,
         gradients=(dense + sparse) * bytes_.gradient,
         masters=owned * bytes_.master,
         moments=owned * 2 * bytes_.moment,
-        averages=0.0 if costs.load.on_gpu or not job.averaged else owned * 4,
+        averages=0.0 if on_gpu else averages,
+        checkpoint=0.0 if on_gpu else copy,
+        host=averages + copy if on_gpu else 0.0,
         activations=activations,
         transient=_transient(costs, parts),
         buffers=_buffers(costs, backend, Part.DISPATCH in parts),

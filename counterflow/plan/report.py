@@ -18,6 +18,7 @@ MEMORY = (
     "masters",
     "moments",
     "averages",
+    "checkpoint",
     "activations",
     "transient",
     "buffers",
@@ -153,8 +154,8 @@ def op_rows(answer: Answer) -> list[list[str]]:
 
 
 def memory_rows(every: Sequence[Memory]) -> list[list[str]]:
-    """A row a rank."""
-    names = (*MEMORY, "total")
+    """A row a rank; `host` is what its GPU's host keeps for it."""
+    names = (*MEMORY, "total", *(("host",) if any(one.host for one in every) else ()))
     table = [["rank", *names, "peak at cell"]]
     for one in every:
         table.append([str(one.rank), *(bytes_(getattr(one, name)) for name in names), str(one.peak_cell)])
