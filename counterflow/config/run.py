@@ -5,6 +5,7 @@ a run of a million tokens and one of 14.8 trillion; the defaults are the report'
 [§4.2].
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePath
@@ -230,6 +231,38 @@ class Parallel:
     def processes(self) -> int:
         """All ranks."""
         return self.pipeline * self.data
+
+    def without_effect(self, device: str) -> Iterator[str]:
+        """What is set and does nothing beside the other settings on such a device: a sentence for each reason."""
+        reasons: dict[str, tuple[bool, tuple[str, ...]]] = {
+            "parallel.expert is 1: no token goes to another rank": (
+                self.expert == 1,
+                ("dispatch", "dispatch_fp8", "dispatch_room", "node_ranks"),
+            ),
+            "parallel.dispatch is not two_hop": (self.dispatch != "two_hop", ("node_ranks",)),
+            "parallel.dispatch is neither nvlink nor copy_engine": (
+                self.dispatch not in ("nvlink", "copy_engine"),
+                ("dispatch_room",),
+            ),
+            "parallel.dispatch is deep_ep, which sends what it is given": (
+                self.dispatch == "deep_ep",
+                ("dispatch_fp8",),
+            ),
+            "parallel.pipeline is 1": (
+                self.pipeline == 1,
+                ("stages_per_rank", "placement", "record_step"),
+            ),
+            "there is one process": (self.processes == 1, ("restarts",)),
+            "the device is a CPU": (device == "cpu", ("multiprocessors",)),
+        }
+        said: set[str] = set()
+        for reason, (holds, names) in reasons.items():
+            plain = Parallel()
+            idle = [name for name in names if holds and getattr(self, name) != getattr(plain, name)]
+            if idle := [name for name in idle if name not in said]:
+                said.update(idle)
+                settings = ", ".join(f"parallel.{name}" for name in idle)
+                yield f"{settings} {'has' if len(idle) == 1 else 'have'} no effect, since {reason}."
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _nothing(job: Job, hardware: Hardware, gpus: int, pins: Pins, found: Found) 
     fp8 = "--precision fp8, " if hardware.card.fp8_flops and job.precision != "fp8" else ""
     return ConfigError(
         f"the model fits on no layout of {gpus} {hardware.card.name}: {least.layout} lacks least and needs "
-        f"{bytes_(least.peak.total)} of {bytes_(hardware.card.memory_bytes)} a card; "
+        f"{bytes_(least.peak.needed)} of {bytes_(hardware.card.memory_bytes)} a card; "
         + (remedy or f"take a card with more memory, {fp8}or a smaller model")
         + "."
     )

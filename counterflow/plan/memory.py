@@ -70,6 +70,11 @@ class Memory:
         states = self.weights + self.gradients + self.masters + self.moments + self.averages + self.checkpoint
         return states + self.activations + self.transient + self.buffers + self.reserved
 
+    @property
+    def needed(self) -> float:
+        """All but the copy of a checkpoint: without it training waits while one is written."""
+        return self.total - self.checkpoint
+
 
 def memory(costs: Costs, schedule: Schedule, plans: tuple[Plan, ...], backend: str = "") -> list[Memory]:
     """Every rank's peak."""

@@ -99,11 +99,11 @@ def fitting_layouts(
         costs = Costs(job, layout, hardware, routing)
         every = memory(costs, _least_schedule(layout, job), _plans(job.model, _stages(layout)))
         candidate = Candidate(layout, 0.0, max(every, key=lambda one: one.total))
-        if candidate.peak.total <= hardware.card.memory_bytes:
+        if candidate.peak.needed <= hardware.card.memory_bytes:
             fitting.append(candidate)
             continue
         fell_out["does not fit in the card's memory"] += 1
-        if least is None or candidate.peak.total < least.peak.total:
+        if least is None or candidate.peak.needed < least.peak.needed:
             least = candidate
     return fitting, Found([], 0, fell_out, least)
 
@@ -352,5 +352,7 @@ def what_would_fit(job: Job, hardware: Hardware, gpus: int, pins: Pins, routing:
         except ConfigError:
             continue
         if fitting:
-            return f"{gpus * factor} of them would do ({min(fitting, key=lambda one: one.peak.total).layout})"
+            return (
+                f"{gpus * factor} of them would do ({min(fitting, key=lambda one: one.peak.needed).layout})"
+            )
     return ""

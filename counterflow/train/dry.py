@@ -84,6 +84,7 @@ def _layout(run: RunConfig) -> Iterator[str]:
         yield "Each rank holds the whole model."
     if parallel.expert > 1:
         yield f"{parallel.expert} data ranks share the experts of each layer, by {parallel.dispatch}."
+    yield from parallel.without_effect("cpu" if on_cpu(run) else "cuda")
 
 
 def _held(plan: Plan, num_layers: int) -> str:
@@ -122,9 +123,17 @@ def _memory(run: RunConfig) -> Iterator[str]:
     ranks = memory(costs, schedule, plans, parallel.dispatch if parallel.expert > 1 else "")
     yield f"Memory by the planner, in {costs.job.precision}{'' if cpu else ', on GPUs'}:"
     yield aligned(
-        [("rank", "weights", "gradients", "optimizer", "activations", "rest", "together"), *map(_row, ranks)]
+        [
+            ("rank", "weights", "gradients", "optimizer", "activations", "checkpoint", "rest", "together"),
+            *map(_row, ranks),
+        ]
     )
-    needed, there = sum(one.total for one in ranks) * parallel.data, machine_bytes()
+    if not cpu:
+        yield (
+            f"For each, its host keeps {bytes_(max(one.host for one in ranks))} at most: a copy of a checkpoint"
+            + (" and the averaged weights." if run.train.ema_decay else ".")
+        )
+    needed, there = sum(one.needed for one in ranks) * parallel.data, machine_bytes()
     if cpu and needed > there:
         yield f"This machine has {bytes_(there)}: too little for {bytes_(needed)}."
 
@@ -135,6 +144,7 @@ def _row(one: Memory) -> tuple[str, ...]:
         one.gradients,
         one.masters + one.moments + one.averages,
         one.activations,
+        one.checkpoint,
         one.transient + one.buffers + one.reserved,
         one.total,
     )

@@ -147,7 +147,7 @@ def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Sampl
 
 
 def introduce(trainer: Trainer, folder: Path, step: int) -> None:
-    """One line on what is about to be trained."""
+    """One line on what is about to be trained, after settings that change nothing in it."""
     run, samples = trainer.run, trainer.samples
     counts, length = count_parameters(run.model), run.data.sequence_length
     tokens, parallel, where = trainer.total * length, run.parallel, run.train.device
@@ -156,6 +156,8 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
         where = f"{parallel.processes} {where} processes ({how} pipeline × {parallel.data} data ranks)"
     start = f" from the weights of {run.train.start_from}" if run.train.start_from else ""
     mtp = f" + {count(counts.mtp)} (MTP)" if counts.mtp else ""
+    for line in parallel.without_effect(run.train.device):
+        print(f"counterflow: {line}", file=sys.stderr)
     print(
         f"{'Going on with' if step else 'Training'} {run.name}{start}: {count(counts.total)}{mtp} parameters in "
         f"{run.train.precision} on {where}, {count(tokens)} tokens ({tokens / samples.train_tokens:.2g} times the "
@@ -258,7 +260,7 @@ def evaluate(trainer: Trainer, most: int | None, progress: Progress) -> dict[str
     bits = loss / LN2 / trainer.samples.bytes_per_token
     progress.note(f"step {trainer.steps}: held-out {bits:.3f} bits per byte")
     took = time.perf_counter() - start
-    return {"held_out_loss": loss, "held_out_bpb": bits, "held_out_seconds": took}
+    return {"held_out_loss": loss, "held_out_bpb": bits, "evaluation_seconds": took}
 
 
 def peak_memory(device: torch.device) -> int:

@@ -198,3 +198,46 @@ def test_a_misspelt_setting_of_a_source_names_the_nearest(tmp_path):
     path.write_text('base = ["tiny"]\n')
     with pytest.raises(ConfigError, match="no known run"):
         load_run(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "said"),
+    [
+        (
+            ("dispatch_fp8=true", "data=2"),
+            "cuda",
+            "parallel.dispatch_fp8 has no effect, since parallel.expert is 1",
+        ),
+        (
+            ("dispatch_room=2", "node_ranks=2"),
+            "cuda",
+            "dispatch_room, parallel.node_ranks have no effect, since",
+        ),
+        (
+            ("data=2", "expert=2", "node_ranks=2"),
+            "cuda",
+            "node_ranks has no effect, since parallel.dispatch is not",
+        ),
+        (
+            ("data=2", "expert=2", "dispatch_room=2"),
+            "cuda",
+            "dispatch_room has no effect, since parallel.dispatch",
+        ),
+        (
+            ("data=2", "expert=2", "dispatch=deep_ep", "dispatch_fp8=true"),
+            "cuda",
+            "since parallel.dispatch is deep_ep",
+        ),
+        (("record_step=5",), "cuda", "parallel.record_step has no effect, since parallel.pipeline is 1"),
+        (("restarts=1",), "cuda", "parallel.restarts has no effect, since there is one process"),
+        (("multiprocessors=8",), "cpu", "parallel.multiprocessors has no effect, since the device is a CPU"),
+        (("multiprocessors=8",), "cuda", None),
+        (("pipeline=2", "record_step=5", "restarts=1"), "cpu", None),
+        (("data=2", "expert=2", "dispatch=nvlink", "dispatch_room=2", "dispatch_fp8=true"), "cuda", None),
+        (("data=4", "expert=4", "dispatch=two_hop", "node_ranks=2", "dispatch_fp8=true"), "cuda", None),
+    ],
+)
+def test_settings_without_effect_are_named_with_the_reason(settings, device, said):
+    run = load_run("small", [f"parallel.{setting}" for setting in settings])
+    lines = list(run.parallel.without_effect(device))
+    assert [said in line for line in lines] == [True] if said else not lines

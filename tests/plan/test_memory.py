@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from counterflow.config.models import MODELS
-from counterflow.config.run import DISPATCHES
+from counterflow.config.run import DISPATCHES, Train
 from counterflow.model.transformer import Transformer, initialise
 from counterflow.plan.cost import Costs, held_parameters
 from counterflow.plan.hardware import hardware
@@ -18,6 +18,8 @@ from counterflow.plan.work import Workload, kept
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.measure import held
 from counterflow.schedule.words import Part
+from counterflow.train.behind import size_of
+from counterflow.train.optim import Optimizer
 from counterflow.train.pipelined import parts_of
 
 LAYER = replace(
@@ -69,6 +71,30 @@ def test_kept_bytes_are_what_autograd_saves(recompute):
         real += heads * LAYER.qk_nope_head_dim - SEQUENCES * LAYER.num_heads * LENGTH**2 * 4
     assert kept(load, Part.ATTN, True).whole == pytest.approx(real, rel=0.01)
     assert kept(load, Part.MLP, True).whole == pytest.approx(sum(mlp.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_copy_of_a_checkpoint_is_what_one_is_made_of(precision):
+    """On a CPU among the rank's own memory, which can do without it; beside a GPU in its host's."""
+    model = Transformer(MODELS["tiny"])
+    pieces = Optimizer(
+        list(model.named_parameters()), Train(precision=precision), torch.device("cpu")
+    ).pieces()
+    job, layout = Job(MODELS["tiny"], 256, 16, 1e6, precision), Layout(1, 1, 1, 4, "1f1b")
+    for averaged in (False, True):
+        for card in ("cpu", "h800"):
+            costs = Costs(replace(job, averaged=averaged), layout, hardware(card))
+            schedule = layout.rule(4)
+            (rank,) = memory(costs, schedule, stage_plans(job.model, schedule.stages))
+            weights = sum(value.numel() for value in model.parameters())
+            copy = size_of(pieces) + averaged * 4 * weights
+            kept = (
+                (rank.checkpoint, 0)
+                if card == "cpu"
+                else (rank.host - averaged * 4 * weights, rank.checkpoint)
+            )
+            assert kept == (pytest.approx(copy, rel=1e-3), 0)
+            assert rank.needed == rank.total - rank.checkpoint
 
 
 @pytest.mark.parametrize(("schedule", "ranks"), [("dualpipe", 2), ("1f1b", 3), ("dualpipev", 2)])
