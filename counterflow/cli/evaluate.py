@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from counterflow.cli.loading import loaded, mesh_on, precision_on
 from counterflow.errors import ConfigError, DataError, installing, nearest
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class HumanEval:
     """as-is, or stripped of white space at its end."""
     problems: int = 164
     """The first so many, for a quick look; the score is then not HumanEval's."""
-    precision: str = "fp32"
-    """fp32 or bf16."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
     averaged: bool = False
     """Use the averaged weights (EMA), if the run kept them."""
     ranks: int = 0
@@ -112,13 +115,12 @@ def _humaneval_rows(found: Mapping[str, Any]) -> dict[str, Any]:
     return rows | {"confined by": "limits" + "".join(f", {name}" for name in held)}
 
 
-def _model(run: str, averaged: bool, precision: str, mesh: "Mesh | None" = None) -> Any:
-    """(model, tokenizer, folder) of a run or an exported folder; on a mesh, of its experts this rank's."""
+def _model(run: str, averaged: bool, precision: str, mesh: "Mesh") -> Any:
+    """(model, tokenizer, folder) of a run or an exported folder, on the mesh's device; of its experts this rank's."""
     from counterflow.train.folder import folder_of
-    from counterflow.train.restore import model_of
 
     folder = folder_of(run)
-    return *model_of(folder, averaged, precision, mesh), folder
+    return *loaded(folder, averaged, precision, mesh), folder
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> None:
@@ -146,7 +148,10 @@ class Perplexity:
     """The key or column that holds the text, in .jsonl and .parquet."""
     max_bytes: float = 1e6
     """Of each of the texts; documents are read whole."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
     averaged: bool = False
     ranks: int = 0
     """Processes that share each layer's experts, for a model that is too large for one; each reads all texts.
@@ -204,19 +209,23 @@ class ExpertLoad:
     """The key or column that holds the text, in .jsonl and .parquet."""
     max_tokens: int = 100_000
     """Of each kind."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
     averaged: bool = False
     picture: str = ""
     """A .png, .svg or .pdf; default expert_load.png in the run's folder. The numbers lie beside it as .json."""
 
 
-def expert_load(wish: ExpertLoad) -> None:
+def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
     """Count, draw, and say how far the busiest expert is above the mean."""
     from counterflow.config.run import Source
     from counterflow.evaluate import expert_load as bench
 
     if not wish.texts:
         raise ConfigError("no texts are named; give NAME=PATH of one kind of text or more.")
-    model, tokenizer, folder = _model(wish.run, wish.averaged, "fp32")
+    model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision, mesh)
     pairs = [text.split("=", 1) if "=" in text else (text, text) for text in wish.texts]
     domains = {name: Source(path, field=wish.field) for name, path in pairs}
     counted = bench.expert_load(model, tokenizer, domains, wish.max_tokens)
@@ -249,9 +258,13 @@ class Binoculars:
     """A run or exported folder whose perplexity is measured; in the paper the one tuned further."""
     field: str = "text"
     max_documents: int = 100
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
 
 
-def binoculars(wish: Binoculars) -> None:
+def binoculars(wish: Binoculars, mesh: "Mesh") -> None:
     """Score each document."""
     from itertools import islice
 
@@ -261,8 +274,8 @@ def binoculars(wish: Binoculars) -> None:
 
     if not wish.texts:
         raise ConfigError("no texts are named; give files.")
-    observer, tokenizer, _ = _model(wish.observer, False, "fp32")
-    performer, other, _ = _model(wish.performer, False, "fp32")
+    observer, tokenizer, _ = _model(wish.observer, False, wish.precision, mesh)
+    performer, other, _ = _model(wish.performer, False, wish.precision, mesh)
     if tokenizer.bpe.get_vocab() != other.bpe.get_vocab() or len(observer.head) != len(performer.head):
         raise ConfigError(
             f"{wish.observer} and {wish.performer} have different vocabularies; their predictions can be compared "
@@ -296,13 +309,16 @@ class Tasks:
     num_fewshot: int = 0
     limit: int = 0
     """Documents of each task; 0: all."""
-    precision: str = "fp32"
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
+    device: str = "auto"
+    """auto (cuda if there is one), cpu or cuda."""
     averaged: bool = False
     json: str = ""
     """Where the results are written too."""
 
 
-def tasks(wish: Tasks) -> None:
+def tasks(wish: Tasks, mesh: "Mesh") -> None:
     """Run them and print lm-eval's table."""
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]
@@ -318,7 +334,7 @@ def tasks(wish: Tasks) -> None:
     if not (wish.run and wish.tasks):
         raise ConfigError("name a model with --run, and one task or more.")
     found = lm_eval.simple_evaluate(
-        model=CounterflowLM(wish.run, wish.precision, wish.averaged),
+        model=CounterflowLM(wish.run, wish.precision, wish.averaged, mesh.device.type),
         tasks=list(wish.tasks),
         num_fewshot=wish.num_fewshot,
         limit=wish.limit or None,
@@ -370,9 +386,15 @@ def run(arguments: Sequence[str]) -> int:
         if getattr(asked, name, 1) < 1:
             raise ConfigError(f"{name} is {getattr(asked, name)}; it must be at least 1.")
     require_models(asked)
+
+    def measure(mesh: "Mesh") -> None:
+        """Reports name the precision that was chosen."""
+        named = getattr(asked, "run", True)
+        act(replace(asked, precision=precision_on(mesh, asked.precision)) if named else asked, mesh)
+
     if not isinstance(asked, HumanEval | Perplexity):
-        act(asked)
+        measure(mesh_on(asked.device))
         return 0
     from counterflow.train.launch import on_ranks
 
-    return on_ranks(asked.ranks, "cpu", ["evaluate", *arguments], lambda mesh: act(asked, mesh))
+    return on_ranks(asked.ranks, asked.device, ["evaluate", *arguments], measure)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from counterflow.cli.loading import loaded, mesh_on
 from counterflow.progress import Progress
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class Generate:
     """Use the averaged weights (EMA), if the run kept them."""
     device: str = "auto"
     """auto (cuda if there is one), cpu or cuda."""
-    precision: str = "fp32"
-    """fp32 or bf16."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     ranks: int = 0
     """Processes that share each layer's experts between them, for a model that is too large for one; 0: as many as
     torchrun or Slurm has started, else one."""
@@ -73,20 +74,15 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
 
     The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts.
     """
-    from counterflow.comm.mesh import Mesh
     from counterflow.infer.engine import Engine, EngineSettings, pass_rows
-    from counterflow.infer.place import placed
     from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import described
     from counterflow.infer.text import document
     from counterflow.train.folder import folder_of
-    from counterflow.train.restore import model_of
 
-    mesh, settings = mesh or Mesh(), EngineSettings(max_sequences=1, drafts=wish.drafts)
-    model, tokenizer = model_of(folder_of(wish.run), wish.averaged, mesh=mesh)
-    device = wish.device if mesh.size == 1 else mesh.device.type
-    model = placed(model, device, wish.precision, settings)
+    mesh, settings = mesh or mesh_on(wish.device), EngineSettings(max_sequences=1, drafts=wish.drafts)
+    model, tokenizer = loaded(folder_of(wish.run), wish.averaged, wish.precision, mesh, settings)
     ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
 

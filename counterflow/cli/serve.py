@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from counterflow.cli.loading import loaded
 from counterflow.errors import ConfigError, installing
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Serve:
     """Use the averaged weights (EMA), if the run kept them."""
     device: str = "auto"
     """auto (cuda if there is one), cpu or cuda."""
-    precision: str = "fp32"
-    """fp32 or bf16."""
+    precision: str = "auto"
+    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     ranks: int = 0
     """Processes that share each layer's experts between them, for a model that is too large for one; the first listens
     and deals out what is asked. 0: as many as torchrun or Slurm has started, else one."""
@@ -130,19 +131,15 @@ def listening_of(wish: Serve) -> "ServerSettings":
 def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokenizer]":
     """This rank's engine and the run's tokenizer.   Fails: CounterflowError, on every rank alike."""
     from counterflow.infer.engine import Engine, EngineSettings, pass_rows
-    from counterflow.infer.place import placed
     from counterflow.infer.ranks import share_experts
-    from counterflow.train.restore import model_of
 
     settings = mesh.all_do(
         lambda: EngineSettings(wish.max_sequences, cache_bytes=wish.cache_bytes, drafts=wish.drafts)
     )
-    model, tokenizer = model_of(folder, wish.averaged, mesh=mesh)
-    device = wish.device if mesh.size == 1 else mesh.device.type
+    model, tokenizer = loaded(folder, wish.averaged, wish.precision, mesh, settings)
 
     def made() -> Engine:
-        there = placed(model, device, wish.precision, settings)
-        ranks = share_experts(there, mesh, pass_rows(there, settings), wish.dispatch)
-        return Engine(there, settings, tokenizer.decode, ranks)
+        ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
+        return Engine(model, settings, tokenizer.decode, ranks)
 
     return mesh.all_do(made), tokenizer

@@ -21,6 +21,7 @@ from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImport
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
+from counterflow.comm.mesh import Mesh, device_for
 from counterflow.evaluate.complete import Sampling, complete
 from counterflow.evaluate.likelihood import nll, predictions
 from counterflow.progress import watched
@@ -36,11 +37,12 @@ class CounterflowLM(LM):
     """Likelihoods and texts of a run or an exported folder."""
 
     def __init__(
-        self, run: str, precision: str = "fp32", averaged: bool = False, device: str = "cpu", **_: Any
+        self, run: str, precision: str = "auto", averaged: bool = False, device: str = "auto", **_: Any
     ) -> None:
         super().__init__()
-        self.model, self.vocabulary = model_of(folder_of(run), averaged, precision)
-        self.model.to(device)
+        mesh = Mesh(device=torch.device(device_for(device, 1)))
+        self.model, self.vocabulary = model_of(folder_of(run), averaged, precision, mesh)
+        self.model.to(mesh.device)
         self.run = Path(run)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from counterflow.comm.mesh import Mesh, device_for
+from counterflow.comm.mesh import Mesh, device_for, precision_for
 from counterflow.config.load import to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.corpus import STDLIB
@@ -104,14 +104,7 @@ def resolve(run: RunConfig) -> RunConfig:
     if train.threads:
         torch.set_num_threads(train.threads)
     keep_freed_memory()
-    precision = train.precision
-    if precision == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(False)
-            if device != "cpu"
-            else getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-        )
-        precision = "bf16" if native else "fp32"
+    precision = precision_for(train.precision, device)
     return dataclasses.replace(run, train=dataclasses.replace(train, device=device, precision=precision))
 
 

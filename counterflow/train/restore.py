@@ -5,21 +5,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from counterflow.comm.mesh import Mesh
+from counterflow.comm.mesh import PRECISIONS, Mesh, precision_for
 from counterflow.config.load import to_toml
 from counterflow.config.run import Data, Keep, RunConfig
 from counterflow.convert.folder import whole_folder
 from counterflow.convert.load import load_folder
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
-from counterflow.errors import CheckpointError, ConfigError, nearest
+from counterflow.errors import CheckpointError
 from counterflow.model.transformer import Transformer, expert_shards, named_routers
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, is_exported, run_config
 from counterflow.train.piece import Piece
 from counterflow.train.spread import whole_model
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_of(
@@ -27,13 +25,14 @@ def model_of(
 ) -> tuple[Transformer, Tokenizer]:
     """Model on the CPU, in fp32 or bf16 (the routers' biases in fp32), and tokenizer of a run or a released folder.
 
+    `precision` may be auto, for the mesh's device.
+
     Of its experts the part that is this rank's on `mesh`. `averaged` takes a run's EMA weights.
 
     Fails: CheckpointError that says what is wrong with either.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision is '{precision}'; {nearest(precision, PRECISIONS)}")
-    dtype, mesh = PRECISIONS[precision], mesh or Mesh()
+    mesh = mesh or Mesh()
+    dtype = PRECISIONS[precision_for(precision, mesh.device.type)]
     if not is_exported(path):
         model, tokenizer = restore(path, averaged, mesh)
         for parameter in model.parameters():

@@ -1,0 +1,50 @@
+"""A model that a verb was told to use: read in the precision it runs in, on its device, and what was chosen said."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from counterflow.comm.mesh import Mesh
+    from counterflow.data.tokenizer import Tokenizer
+    from counterflow.infer.engine import EngineSettings
+    from counterflow.model.transformer import Transformer
+
+
+def mesh_on(device: str) -> "Mesh":
+    """This process alone, on cpu, cuda, or where auto finds a GPU."""
+    import torch
+
+    from counterflow.comm.mesh import Mesh, device_for
+
+    return Mesh(device=torch.device(device_for(device, 1)))
+
+
+def precision_on(mesh: "Mesh", precision: str) -> str:
+    """fp32 or bf16; a choice that was left to the machine is said in one line."""
+    from counterflow.comm.mesh import precision_for
+
+    chosen = precision_for(precision, mesh.device.type)
+    if precision == "auto" and mesh.first:
+        where = "a GPU" if mesh.device.type == "cuda" else "this processor"
+        print(
+            f"Running on {where} in {chosen}, which it multiplies fastest (--precision changes it).",
+            file=sys.stderr,
+        )
+    return chosen
+
+
+def loaded(
+    folder: Path, averaged: bool, precision: str, mesh: "Mesh", settings: "EngineSettings | None" = None
+) -> "tuple[Transformer, Tokenizer]":
+    """The model of a run or an exported folder on the mesh's device, of its experts this rank's, and its tokenizer.
+
+    Without the MTP modules that an engine of these settings leaves idle.
+    """
+    from counterflow.infer.engine import EngineSettings
+    from counterflow.infer.place import placed
+    from counterflow.train.restore import model_of
+
+    chosen = precision_on(mesh, precision)
+    model, tokenizer = model_of(folder, averaged, chosen, mesh)
+    return placed(model, mesh.device.type, chosen, settings or EngineSettings()), tokenizer
