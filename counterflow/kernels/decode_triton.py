@@ -6,6 +6,7 @@ address that waits for a load of its own turn is not read ahead, and the kernel 
 """
 
 import math
+from typing import no_type_check  # or jaxtyping's hook wraps what Triton reads as source
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -19,15 +20,15 @@ ROWS = 64
 def decode(
     query: Tensor, entries: Tensor, blocks: Tensor, positions: Tensor, size: int, latent: int, scale: float
 ) -> Tensor:
-    """As `decode.decode_attention`, in bf16 on a GPU."""
+    """As `decode.decode_attention`, in bf16 on a GPU; Triton's interpreter runs it on a CPU."""
     batch, queries, heads, width = query.shape
     rows = queries * heads
     tile = min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = batch * triton.cdiv(rows, tile)
     longest = blocks.shape[1] * size
-    device = torch.cuda.get_device_properties(query.device)
-    keys, warps, stages, shared = (CHOSEN if device.major == HOPPER else ELSEWHERE)[tile]
-    places = shared * device.multi_processor_count
+    device = torch.cuda.get_device_properties(query.device) if query.is_cuda else None
+    keys, warps, stages, shared = (CHOSEN if device and device.major == HOPPER else ELSEWHERE)[tile]
+    places = shared * (device.multi_processor_count if device else INTERPRETED)
     splits = splits_of(programs, longest, places)
     part = torch.empty(batch, splits, rows, latent, device=query.device, dtype=torch.float32)
     lse = torch.empty(batch, splits, rows, device=query.device, dtype=torch.float32)
@@ -54,6 +55,8 @@ ELSEWHERE = {16: (32, 4, 2, 2), 32: (32, 4, 2, 2), 64: (64, 8, 2, 1)}
 """The same where a multiprocessor may have less shared memory than a Hopper's: one buffer. Not measured."""
 HOPPER = 9
 """Compute capability."""
+INTERPRETED = 16
+"""Multiprocessors where there are none: enough for several splits."""
 LEAST_KEYS, MOST_SPLITS = 128, 128
 """Keys of a split, and splits of a sequence."""
 JOINED = 128
@@ -67,6 +70,7 @@ def splits_of(programs: int, longest: int, places: int) -> int:
 
 
 @triton.jit
+@no_type_check
 def _block_of(table, k, stop, size: tl.constexpr, keys: tl.constexpr):
     """The blocks of the entries from k on: one number where one block holds them all."""
     if size % keys == 0:
@@ -78,6 +82,7 @@ def _block_of(table, k, stop, size: tl.constexpr, keys: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _fold(q, qr, value, turned, seen, scale, best, total, mean):
     """The running softmax and mean with some more entries taken in."""
     score = tl.dot(q, value.T)
@@ -92,6 +97,7 @@ def _fold(q, qr, value, turned, seen, scale, best, total, mean):
 
 
 @triton.jit
+@no_type_check
 def _split(
     query, entries, blocks, positions, part, lse,
     rows, heads, queries, stride, scale, splits,
@@ -134,6 +140,7 @@ def _split(
 
 
 @triton.jit
+@no_type_check
 def _join(
     part, lse, out, rows, splits, latent: tl.constexpr, some: tl.constexpr, many: tl.constexpr
 ):  # fmt: skip

@@ -33,6 +33,20 @@ def test_the_reference_is_a_loop_over_queries():
     assert torch.equal(decode_attention(query, entries, blocks, positions, size, latent, 0.3), got)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning"
+)  # of an empty split, which weighs nothing
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU compiles the kernel, as the next test does")
+def test_the_kernel_interpreted_equals_the_reference():
+    """Under the hook that checks types, which must leave what Triton reads as it is written."""
+    triton = pytest.importorskip(
+        "counterflow.kernels.decode_triton", reason="this PyTorch comes without Triton"
+    )
+    query, entries, blocks, positions = case(2, 2, 3, 300, 16, 16, 4)
+    expected = reference(query, entries, blocks, positions, 16, 16, 0.2)
+    assert (triton.decode(query, entries, blocks, positions, 16, 16, 0.2) - expected).abs().max() < 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [1, 5, 16, 128])
 @pytest.mark.parametrize(

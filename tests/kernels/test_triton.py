@@ -4,6 +4,9 @@ In fp32 both round alike but for the order of a sum; in bf16, on a GPU alone, ke
 times, which leaves them a few steps of 1/256 apart.
 """
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,14 @@ from counterflow.kernels import grouped_triton, rotate_triton, swiglu_triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def test_no_hook_rewrites_what_triton_reads():
+    """Types are checked by wrapping functions, and a wrapped kernel has lost the names around it."""
+    for path in Path(norm.__file__).parent.glob("*_triton.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            words = [ast.unparse(word) for word in getattr(node, "decorator_list", ())]
+            assert "triton.jit" not in words or "no_type_check" in words, f"{path.name}: {node.name}"
 
 
 def near(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
