@@ -41,8 +41,9 @@ class Batch:
         self.reused = 0
         """Tokens of prompts that were found in the cache."""
 
-    def plan(self, depth_of: Callable[[Sequence], int]) -> list[Work]:
-        """The next step's work, with room in the cache for all of it; `depth_of` says how many drafts may pay."""
+    def plan(self, depth_of: Callable[[Sequence], int], modules_of: Callable[[Sequence], int]) -> list[Work]:
+        """The next step's work, with room in the cache for all of it; `depth_of` says how many drafts may pay, and
+        `modules_of` how many modules a text that begins is to keep up with."""
         works: list[Work] = []
         left = self.max_rows
         for sequence in sorted(self.running, key=lambda s: not s.decoding):
@@ -54,7 +55,7 @@ class Batch:
                 left -= work.rows + work.drafts
         works = [work for work in works if work.sequence in self.running]
         while left and len(self.running) < self.max_sequences and (sequence := self._next()):
-            work = self._admit(sequence, left)
+            work = self._admit(sequence, left, modules_of(sequence))
             if work is None:
                 break
             works.append(work)
@@ -103,12 +104,12 @@ class Batch:
 
         return next(filter(ready, self.waiting), None)
 
-    def _admit(self, sequence: Sequence, left: int) -> Work | None:
+    def _admit(self, sequence: Sequence, left: int, modules: int) -> Work | None:
         if not sequence.sampling.prompt_logprobs:
             known = sequence.tokens[: self._goal(sequence)]
-            sequence.blocks, sequence.published = self.blocks.match(known)
+            sequence.blocks, sequence.published = self.blocks.match(known, modules)
             sequence.cached = len(sequence.blocks) * self.blocks.size
-            sequence.valid = [sequence.cached] * sequence.modules
+        sequence.follow(modules)
         work = self._work(sequence, left, 0)
         if not self.blocks.grow(sequence.blocks, sequence.cached + work.rows):
             self.blocks.release(sequence.blocks)

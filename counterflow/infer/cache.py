@@ -18,8 +18,9 @@ from counterflow.model.transformer import Transformer
 
 SHORT = 16
 """Rows of a sequence up to which sequences are put side by side in one padded product; longer ones stand alone."""
-LEAST_BLOCKS = 8
-"""Blocks of a bucket at least."""
+LEAST_BLOCKS, RUNG = 32, 4
+"""Blocks of the smallest bucket, and how many times as many the next has. A program of the kernel that has nothing to
+read ends at once, so a bucket that is too large costs little; and each is recorded for every batch size."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Bucket:
     """Of each."""
 
 
-def bucket_of(extents: Items[Extent], size: int, longest: int) -> Bucket | None:
-    """The bucket of a decoding pass: sequences and blocks filled up to powers of two, so that few buckets are met.
+def bucket_of(extents: Items[Extent], size: int, longest: int, few: bool = False) -> Bucket | None:
+    """The bucket of a decoding pass: sequences filled up to powers of two, blocks to those of four, so that few buckets
+    are met; with `few`, rows to powers of two as well.
 
     None where some sequence has more than the `longest` rows of decoding, or there are no sequences.
     """
@@ -89,7 +91,15 @@ def bucket_of(extents: Items[Extent], size: int, longest: int) -> Bucket | None:
     if not 0 < queries <= min(longest, SHORT):
         return None
     blocks = max(-(-extent.end // size) for extent in extents)
-    return Bucket(power_of_two(len(extents)), queries, power_of_two(max(blocks, LEAST_BLOCKS)))
+    return Bucket(power_of_two(len(extents)), power_of_two(queries) if few else queries, rung(blocks))
+
+
+def rung(blocks: int) -> int:
+    """Blocks of the bucket that so many fit into."""
+    found = LEAST_BLOCKS
+    while found < blocks:
+        found *= RUNG
+    return found
 
 
 def power_of_two(count: int) -> int:

@@ -30,7 +30,7 @@ BLENDED = 4
 """A trial's time weighs as one of so many."""
 JUDGED = 32
 """Drafts judged before one may say that too few are kept."""
-REMEMBERED = 8
+REMEMBERED = 4
 """What the drafts judged before weigh, when drafts are taken up again after a time without."""
 FADE = 0.997
 """What an older step's acceptance weighs beside a newer one's."""

@@ -8,12 +8,14 @@ threads put requests into a queue of their own. The model stays where its weight
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from time import perf_counter
 
 from counterflow.errors import ConfigError, RequestError
 from counterflow.infer.batch import Batch, Work
 from counterflow.infer.blocks import Blocks
 from counterflow.infer.cache import Cache
 from counterflow.infer.depth import Depth
+from counterflow.infer.passes import Passes, graphs_for
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Delta, Sampling, Sequence, TokenLogprob
 from counterflow.infer.run import Made, Outcome, Runner
@@ -22,6 +24,8 @@ from counterflow.infer.text import TextStream
 from counterflow.model.transformer import Transformer
 
 ALL = -1
+LONGEST_WAIT = 1024
+"""Hidden states that are kept for a module which does not draft; a text with more is written without it to its end."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ class Engine:
         rows = _step_rows(settings, drafts)
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
-        replayed = 1 + drafts + self.modules if settings.graphs else 0
-        places = settings.max_sequences * drafts
-        self.runner = Runner(model, cache, self.modules, self.ranks, replayed, places)
+        graphs = graphs_for(model, settings.graphs)
+        run = Passes(model, cache, graphs, 1 + drafts + self.modules, settings.max_sequences * drafts)
+        self.runner = Runner(run, self.modules, self.ranks, rows)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
         self._prompts: dict[int, list[TokenLogprob | None]] = {}
@@ -137,14 +141,33 @@ class Engine:
 
     def step(self) -> list[Delta]:
         """One step, which all ranks take together; what it gave to whom here."""
+        began = perf_counter()
         works = self.schedule()
-        return self.take_back(works, self.run(works)) if works or self.ranks.several else []
+        if not works and not self.ranks.several:
+            return []
+        outcome = self.run(works)
+        deltas = self.take_back(works, outcome)
+        self._time(works, outcome, perf_counter() - began)
+        return deltas
 
     def schedule(self) -> list[Work]:
         """Who runs over what."""
-        writing = sum(sequence.decoding for sequence in self.batch.running)
-        depth = self.ranks.most(self.depth.choose(writing) if writing else 0)
-        return self.batch.plan(lambda s: self.depth.deepest if s.sampling.fixed_depth else depth)
+        writing = [sequence for sequence in self.batch.running if sequence.decoding]
+        free = [self._limit(sequence) for sequence in writing if not sequence.sampling.fixed_depth]
+        chosen = self.depth.choose(len(writing), min(free)) if free else 0
+        depth = self.ranks.most(chosen)
+        load = min(self.batch.max_sequences, len(self.batch.running) + len(self.batch.waiting))
+        needed = min(self.modules, self.depth.needed(max(load, 1)))
+
+        def depth_of(sequence: Sequence) -> int:
+            fixed = sequence.sampling.fixed_depth
+            return self.depth.deepest if fixed else min(depth, self._limit(sequence))
+
+        return self.batch.plan(depth_of, lambda s: self.modules if s.sampling.fixed_depth else needed)
+
+    def _limit(self, sequence: Sequence) -> int:
+        """The most drafts that a text's modules can make."""
+        return self.depth.deepest if sequence.modules == self.modules else sequence.modules
 
     def run(self, works: list[Work]) -> Outcome:
         """Their tokens."""
@@ -174,13 +197,23 @@ class Engine:
                 break
         delta = Delta(sequence, tuple(made.tokens[:count]), text, tuple(made.logprobs[: count + ended]))
         self.statistics.tokens += count
-        self.blocks.publish(sequence.tokens, sequence.blocks, sequence.published, sequence.final)
+        self._publish(sequence)
         if made.tokens or finish:
             delta = replace(delta, prompt_logprobs=self._prompt(sequence))
         if finish:
             delta = replace(delta, text=text + stream.end(), finish=finish)
             self._end(sequence, finish)
         return delta
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let others find its blocks, and say which its modules have filled."""
+        blocks, modules = sequence.blocks, sequence.modules
+        self.blocks.publish(sequence.tokens, blocks, sequence.published, sequence.cached, modules)
+        filled = min(len(sequence.published), sequence.final // self.blocks.size)
+        if filled > sequence.filled:
+            self.blocks.fill(blocks[sequence.filled : filled], modules)
+            sequence.filled = filled
+        sequence.forget(LONGEST_WAIT)
 
     def _finish(self, sequence: Sequence, stream: TextStream) -> str | None:
         if stream.stopped:
@@ -199,7 +232,7 @@ class Engine:
         self._prompts.pop(sequence.number, None)
 
     def _count(self, works: list[Work], outcome: Outcome) -> None:
-        """Times and acceptance; a step's seconds are kept where it and the one before only wrote."""
+        """Tokens, steps and acceptance."""
         statistics = self.statistics
         statistics.steps += 1
         statistics.draft_s += outcome.draft_s
@@ -211,10 +244,13 @@ class Engine:
         for drafted, kept in turns:
             statistics.count(drafted, kept)
         self.depth.count([drafted for drafted, _ in turns], [kept for _, kept in turns])
-        wrote = all(work.sequence.made and work.rows == 1 for work in works)
+
+    def _time(self, works: list[Work], outcome: Outcome, step_s: float) -> None:
+        """A step's seconds, where it and the one before only wrote and all wrote alike."""
+        wrote = bool(works) and all(work.sequence.made and work.rows == 1 for work in works)
         depths = {work.drafts for work in works}
         if wrote and self._wrote and len(depths) == 1:
-            self.depth.record(len(works), depths.pop(), outcome.draft_s, outcome.model_s)
+            self.depth.record(len(works), depths.pop(), step_s, outcome.steady)
         self._wrote = wrote
 
 

@@ -42,14 +42,20 @@ class Passed(NamedTuple):
 
 class Passes:
     """A model's passes over one cache. Those in which no sequence has more than `longest` rows, as many as drafts make,
-    are replayed from `graphs`, if given; `places` is how many tokens they can keep on the device."""
+    are of decoding and replayed from `graphs`, if given; `places` is how many tokens they can keep on the device."""
 
     def __init__(
         self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int, places: int = 0
     ) -> None:
         self.model, self.cache, self.graphs, self.longest = model, cache, graphs, longest
+        self._longer = 0
         self.drafted = torch.zeros(places + 1, dtype=torch.long, device=model.head.device)
         """Drafts, by their places; the last is nobody's."""
+
+    @property
+    def unsteady(self) -> int:
+        """Passes so far that were longer than decoding's, or were recorded."""
+        return self._longer + (self.graphs.count if self.graphs else 0)
 
     def trunk(self, extents: Items[Extent], tokens: Items[list[int]], choose: bool = False) -> Passed:
         """The whole model but its head; `choose` asks for the likeliest tokens."""
@@ -92,7 +98,8 @@ class Passes:
         keep: list[int] | None,
     ) -> Passed:
         device = self.cache.entries.device
-        bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest)
+        self._longer += any(extent.end - extent.start > self.longest for extent in extents)
+        bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest, few=hidden is not None)
         if not self.graphs or not bucket:
             rows, tokens = self.cache.rows(extents), self.resolved(tokens)
             given = [token for i in rows.order for token in tokens[i]]

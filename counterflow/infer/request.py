@@ -81,7 +81,7 @@ class Sequence:
     prompt_length: int
     sampling: Sampling
     modules: int
-    """MTP modules whose caches it fills; 0 without drafts."""
+    """MTP modules whose caches it fills, of the first on, so that they can draft; 0 without drafts."""
     index: int = 0
     """Which of the n samples of its request."""
     leader: "Sequence | None" = None
@@ -91,6 +91,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     published: list[int] = field(default_factory=list)
     """Serial numbers of its first blocks, as far as they can be shared."""
+    filled: int = 0
+    """Of these, the blocks that all its modules have filled."""
     valid: list[int] = field(default_factory=list)
     """Positions of each module's cache that come from true tokens; n − k at most for n tokens."""
     waiting: list[list[Row]] = field(default_factory=list)
@@ -107,9 +109,22 @@ class Sequence:
 
     def restart(self) -> None:
         """Nothing cached, as at the start; the tokens and the randomness stay."""
-        self.cached, self.blocks, self.published = 0, [], []
-        self.valid = [0] * self.modules
-        self.waiting = [[] for _ in range(self.modules)]
+        self.cached, self.blocks, self.published, self.filled = 0, [], [], 0
+        self.follow(self.modules)
+
+    def follow(self, modules: int) -> None:
+        """So many modules fill their caches from now on, from the beginning of the text or of what is cached."""
+        self.modules = modules
+        self.valid = [self.cached] * modules
+        self.waiting = [[] for _ in range(modules)]
+
+    def forget(self, most: int) -> None:
+        """A module that more hidden states wait for than `most` drafts no more in this text, nor those behind it."""
+        for module, waiting in enumerate(self.waiting):
+            if len(waiting) > most:
+                self.modules = module
+                del self.valid[module:], self.waiting[module:]
+                return
 
     @property
     def made(self) -> int:
@@ -123,7 +138,7 @@ class Sequence:
 
     @property
     def final(self) -> int:
-        """Positions whose entries in all caches stay as they are."""
+        """Positions whose entries in its modules' caches stay as they are."""
         return min([self.cached, *self.valid])
 
 

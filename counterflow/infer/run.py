@@ -14,13 +14,12 @@ from torch import Tensor
 from counterflow.comm.clock import between, mark
 from counterflow.infer import passes
 from counterflow.infer.batch import Work
-from counterflow.infer.cache import Cache, Extent
+from counterflow.infer.cache import Extent
 from counterflow.infer.distribution import distribution
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
 from counterflow.infer.speculate import Drafter, greedy_verdict, verdict
 from counterflow.infer.states import rows_of, upload
-from counterflow.model.transformer import Transformer
 
 
 @dataclass
@@ -41,23 +40,21 @@ class Outcome:
     made: list[Made]
     draft_s: float
     model_s: float
+    steady: bool = True
+    """Whether nothing was recorded, no prompt read and no module caught up: the next such step takes as long."""
 
 
 class Runner:
-    """Runs a schedule's works on a model and its cache; passes of up to `replayed` rows a sequence as CUDA graphs, with
-    up to `places` drafts chosen on the device."""
+    """Runs a schedule's works by passes of a model over its cache; modules catch up over so many `rows` at a time."""
 
-    def __init__(
-        self, model: Transformer, cache: Cache, modules: int, ranks: Ranks, replayed: int, places: int
-    ) -> None:
-        self.model, self.cache = model, cache
-        self.passes = passes.Passes(model, cache, passes.graphs_for(model, replayed > 0), replayed, places)
-        self.drafter = Drafter(self.passes, modules, ranks) if modules else None
+    def __init__(self, run: passes.Passes, modules: int, ranks: Ranks, rows: int) -> None:
+        self.model, self.cache, self.passes = run.model, run.cache, run
+        self.drafter = Drafter(run, modules, ranks, rows) if modules else None
 
     @torch.no_grad()
     def run(self, works: list[Work]) -> Outcome:
         """New tokens of every work that samples; the sequences' caches then reach to their last true token."""
-        device = self.model.head.device
+        device, unsteady = self.model.head.device, self.passes.unsteady
         began = mark(device)
         uniforms = [_uniforms(work) for work in works]
         drafts, q = self._draft(works, uniforms)
@@ -69,7 +66,8 @@ class Runner:
             if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
                 result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
             advance(work.sequence, h, start, start + work.rows + max(0, len(result.tokens) - 1))
-        return Outcome(made, between(began, drafted), between(drafted, mark(device)))
+        steady = self.passes.unsteady == unsteady
+        return Outcome(made, between(began, drafted), between(drafted, mark(device)), steady)
 
     def _draft(self, works: list[Work], uniforms: list[list[float]]) -> tuple[list[list[int]], Tensor | None]:
         if self.drafter is None:

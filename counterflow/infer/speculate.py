@@ -8,8 +8,10 @@ before would have made at the next one.
 A module's cache is true only as far as its tokens are: to position n − k. What a chain writes beyond is a
 draft; the next chain begins at the first entry that is not true, with the hidden states that the verify pass has
 made since, and writes over it. Those states wait, a row each, with their sequence (`Sequence.waiting`), so a
-sequence may go without drafts for a while; a whole block of them is run over at once, drafts or not, so that few
-wait and prompts can be shared. Not taken: running modules on every position as it comes, which costs the full
+sequence may go without drafts for a while and its modules catch up when drafts are taken up again; within a prompt,
+which others may share, a whole block of them is run over at once. A text without drafts so pays for no module: where
+none is expected to draft its prompt is not run over either, and where too many states wait they are let go, and the
+text goes on without (`Sequence.forget`). Not taken: running modules on every position as it comes, which costs the full
 draft even when none is wanted.
 
 A draft x from q is kept with probability min(1, p(x) / q(x)), else replaced by one from the positive part of
@@ -53,31 +55,65 @@ class Chain:
 class Drafter:
     """Fills the modules' caches and drafts with them. [§5.4.3]"""
 
-    def __init__(self, run: passes.Passes, modules: int, ranks: Ranks) -> None:
-        self.passes, self.modules, self.ranks = run, modules, ranks
+    def __init__(self, run: passes.Passes, modules: int, ranks: Ranks, rows: int) -> None:
+        self.passes, self.modules, self.ranks, self.rows = run, modules, ranks, rows
         self.model, self.cache = run.model, run.cache
 
     def draft(self, sequences: Items[Sequence], wanted: list[int], uniforms: list[list[float]]) -> Chain:
-        """`wanted` drafts for each sequence, none where it is 0, and every module's cache as far as it waits.
+        """`wanted` drafts for each sequence, none where it is 0; the modules of those and of prompts catch up.
 
         All ranks run a module where one of them has rows for it.
         """
         deepest, q = max(wanted, default=0), None
+        behind = any(self._behind(sequence, n) for sequence, n in zip(sequences, wanted, strict=True))
+        doing = self.ranks.most(2 if behind else 1 if deepest else 0)
         if any(sequence.sampling.temperature for sequence in sequences):
             shape = (len(sequences), deepest, self.model.config.vocab_size)
             q = torch.zeros(shape, device=self.cache.entries.device)
         chain = Chain(sequences, wanted, uniforms, [[] for _ in sequences], q)
+        if not doing:
+            return chain
+        if doing == 2:
+            self._catch_up(chain)
         for depth in range(self.modules):
-            self._run(chain, depth)
+            spans = self._spans(chain, depth)
+            if self.ranks.most(len(spans)):
+                pieces, there = self._run(chain, depth, spans)
+                self._choose(chain, depth, {i: piece[-1] for i, piece in pieces.items()}, there)
         for depth in range(self.modules, self.ranks.most(deepest)):
             self._run_again(chain, depth)
         return chain
 
-    def _run(self, chain: Chain, depth: int) -> None:
-        """One module over all that waits for it, and over what rests on drafts."""
-        spans = self._spans(chain, depth)
-        if not self.ranks.most(len(spans)):
-            return
+    def _behind(self, sequence: Sequence, wanted: int) -> bool:
+        """Whether a whole block waits for some module, of a text that drafts or is in its prompt."""
+        size = self.cache.size
+        return (wanted > 0 or not sequence.decoding) and any(len(some) >= size for some in sequence.waiting)
+
+    def _catch_up(self, chain: Chain) -> None:
+        """Modules over what waits for them, but for less than a block of each sequence's, `rows` at a time."""
+        for depth in range(self.modules):
+            spans = self._waiting(chain, depth)
+            while self.ranks.most(len(spans)):
+                self._run(chain, depth, spans)
+                spans = self._waiting(chain, depth)
+
+    def _waiting(self, chain: Chain, depth: int) -> dict[int, tuple[int, int]]:
+        """By sequence: where the next pass that catches up ends for this depth."""
+        spans, left = {}, self.rows
+        for index, (sequence, wanted) in enumerate(zip(chain.sequences, chain.wanted, strict=True)):
+            if depth >= sequence.modules or not (wanted or not sequence.decoding):
+                continue
+            last = wanted > 0  # the position that a chain begins at is left to it
+            count = min(left, self._true(sequence, depth) - last - sequence.valid[depth])
+            if count >= self.cache.size:
+                end = sequence.valid[depth] + count
+                spans[index], left = (end, end), left - count
+        return spans
+
+    def _run(
+        self, chain: Chain, depth: int, spans: dict[int, tuple[int, int]]
+    ) -> tuple[dict[int, list[Row]], bool]:
+        """One module over these spans: its hidden states by sequence, and whether drafts are chosen from them."""
         extents, inputs, tokens = [], [], []
         for index, (end, _) in spans.items():
             sequence = chain.sequences[index]
@@ -88,19 +124,20 @@ class Drafter:
         pieces, chosen = self._pieces(chain, depth, list(spans), extents, inputs, tokens)
         for (index, (_, true)), given, piece in zip(spans.items(), inputs, pieces, strict=True):
             self._keep(chain, index, depth, true, given, piece)
-        self._choose(chain, depth, {i: piece[-1] for i, piece in zip(spans, pieces, strict=True)}, chosen)
+        return dict(zip(spans, pieces, strict=True)), chosen
 
     def _spans(self, chain: Chain, depth: int) -> dict[int, tuple[int, int]]:
-        """By sequence: the position where this depth ends now, and where its true entries will."""
-        spans = {}
-        for index, sequence in enumerate(chain.sequences):
-            reached = sequence.valid[depth - 1] if depth else sequence.cached
-            true = max(sequence.valid[depth], min(reached, len(sequence.tokens) - depth - 1))
-            if chain.wanted[index] > depth:
-                spans[index] = (sequence.cached, true)
-            elif true - sequence.valid[depth] >= self.cache.size:
-                spans[index] = (true, true)
-        return spans
+        """By sequence that drafts at this depth: the position where it ends now, and where its true entries will."""
+        return {
+            index: (sequence.cached, self._true(sequence, depth))
+            for index, sequence in enumerate(chain.sequences)
+            if chain.wanted[index] > depth
+        }
+
+    def _true(self, sequence: Sequence, depth: int) -> int:
+        """Where a depth's true entries can end: n − k, as far as the depth before has come."""
+        reached = sequence.valid[depth - 1] if depth else sequence.cached
+        return max(sequence.valid[depth], min(reached, len(sequence.tokens) - depth - 1))
 
     def _keep(
         self, chain: Chain, index: int, depth: int, true: int, given: list[Row], piece: list[Row]
@@ -112,7 +149,7 @@ class Drafter:
         if len(given) < left:
             given = sequence.waiting[depth]
         sequence.waiting[depth] = given[count:left]
-        if depth + 1 < self.modules:
+        if depth + 1 < sequence.modules:
             sequence.waiting[depth + 1] += piece[:count]
         chain.ahead.pop(index, None)
         if len(piece) > count:

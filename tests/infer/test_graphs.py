@@ -35,7 +35,9 @@ def test_few_buckets_are_met_and_prompts_have_none():
         return [Extent(start, end, []) for start, end in spans]
 
     assert bucket_of(extents((40, 42), (7, 8), (300, 301)), 4, 2) == Bucket(4, 2, 128)
-    assert bucket_of(extents((0, 1)), 4, 1) == Bucket(1, 1, 8)
+    assert bucket_of(extents((0, 1)), 4, 1) == Bucket(1, 1, 32)
+    assert bucket_of(extents((0, 3)), 4, 3) == Bucket(1, 3, 32)
+    assert bucket_of(extents((0, 3)), 4, 3, few=True) == Bucket(1, 4, 32)
     assert bucket_of(extents((0, 3), (3, 4)), 4, 2) is None
     assert bucket_of([], 4, 2) is None
 
@@ -64,7 +66,7 @@ def test_an_even_pass_equals_one_laid_end_to_end_and_writes_no_other_entry(laid)
         found.append([*out, cache.entries[:, :-4]])
     for plain, even in zip(*found, strict=True):
         assert (plain - even).abs().max() < BOUND
-    assert laid == [(0, Bucket(4, 3, 8), False), (2, Bucket(4, 3, 8), False)]
+    assert laid == [(0, Bucket(4, 3, 32), False), (2, Bucket(4, 4, 32), False)]
 
 
 def test_a_pass_reads_the_tokens_that_the_one_before_it_chose_on_the_device():
