@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from counterflow.cli.loading import loaded, mesh_on
+from counterflow.cli.loading import loaded, mesh_on, settings_of
 from counterflow.progress import Progress
 
 if TYPE_CHECKING:
@@ -40,10 +41,11 @@ class Generate:
     stop: tuple[str, ...] = ()
     """Texts that end it."""
     drafts: int = -1
-    """Tokens drafted ahead by the multi-token modules, at most; 0: none, and the modules take no memory; −1: one by
-    each. The text is the model's own whatever is drafted."""
+    """Tokens drafted ahead by the multi-token modules in every step; 0: none, and the modules take no memory; −1: at
+    most one by each module, and fewer or none where that is measured to be faster. The text is the model's own whatever
+    is drafted."""
     stats: bool = False
-    """Say at the end how fast it was and what the drafts brought."""
+    """Say at the end how long loading and the first token took, how fast the rest was and what drafts brought."""
     averaged: bool = False
     """Use the averaged weights (EMA), if the run kept them."""
     device: str = "auto"
@@ -61,27 +63,32 @@ def run(arguments: Sequence[str]) -> int:
     """Print the prompt and what follows it."""
     shown = Annotated[Generate, tyro.conf.FlagCreatePairsOff]
     wish = tyro.cli(shown, prog="counterflow generate", args=arguments, use_underscores=True)
+    began = perf_counter()
     from counterflow.train.folder import require_model
 
     require_model(wish.run)  # before torch is imported
     from counterflow.train.launch import on_ranks
 
-    return on_ranks(wish.ranks, wish.device, ["generate", *arguments], lambda mesh: generate(wish, mesh))
+    return on_ranks(
+        wish.ranks, wish.device, ["generate", *arguments], lambda mesh: generate(wish, mesh, began)
+    )
 
 
-def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
+def generate(wish: Generate, mesh: "Mesh | None" = None, began: float | None = None) -> str:
     """Print prompt and text as they come, and the numbers on stderr if asked for; the text.
 
-    The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts.
+    The first of `mesh`'s ranks has the prompt and prints; the others serve it with their experts. `began` is when the
+    command did.
     """
-    from counterflow.infer.engine import Engine, EngineSettings, pass_rows
+    began = perf_counter() if began is None else began
+    from counterflow.infer.engine import Engine, pass_rows
     from counterflow.infer.ranks import share_experts
     from counterflow.infer.request import Sampling
-    from counterflow.infer.statistics import described
+    from counterflow.infer.statistics import Took, described
     from counterflow.infer.text import document
     from counterflow.train.folder import folder_of
 
-    mesh, settings = mesh or mesh_on(wish.device), EngineSettings(max_sequences=1, drafts=wish.drafts)
+    mesh, settings = mesh or mesh_on(wish.device), settings_of(1, wish.drafts)
     model, tokenizer = loaded(folder_of(wish.run), wish.averaged, wish.precision, mesh, settings)
     ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
@@ -98,21 +105,28 @@ def generate(wish: Generate, mesh: "Mesh | None" = None) -> str:
         )
         engine.add(document(tokenizer, wish.prompt), sampling)
 
+    for record in engine.recordings([1], [wish.temperature == 0]):
+        record()
     mesh.first_does(ask)
-    text = _printed(engine, wish.prompt if mesh.first else "")
+    ready = perf_counter()
+    text, first, last = _printed(engine, wish.prompt if mesh.first else "")
     if wish.stats and mesh.first:
-        print(f"\n{described(engine.statistics, engine.depth)}", file=sys.stderr)
+        took = Took(ready - began, first - ready, last - first)
+        print(f"\n{described(engine.statistics, engine.depth, took)}", file=sys.stderr)
     return text
 
 
-def _printed(engine: "Engine", shown: str) -> str:
-    """A rank without a prompt is given nothing to print."""
+def _printed(engine: "Engine", shown: str) -> tuple[str, float, float]:
+    """The text, and when its first and last tokens came. A rank without a prompt is given nothing to print."""
     print(shown, end="", flush=True)
+    first = last = 0.0
     while not engine.finished():
         for delta in engine.step():
+            last = perf_counter()
+            first = first or (last if engine.statistics.tokens else 0.0)
             shown += delta.text
             print(delta.text, end="\n" if delta.finish else "", flush=True)
-    return shown
+    return shown, first or last, last
 
 
 def print_sample(folder: str) -> None:

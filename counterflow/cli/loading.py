@@ -34,6 +34,13 @@ def precision_on(mesh: "Mesh", precision: str) -> str:
     return chosen
 
 
+def settings_of(max_sequences: int, drafts: int, **others: float) -> "EngineSettings":
+    """An engine's settings: a number of drafts that somebody names is kept to, −1 leaves it to what is measured."""
+    from counterflow.infer.engine import ALL, EngineSettings
+
+    return EngineSettings(max_sequences, drafts=drafts, adapt=drafts == ALL, **others)
+
+
 def loaded(
     folder: Path, averaged: bool, precision: str, mesh: "Mesh", settings: "EngineSettings | None" = None
 ) -> "tuple[Transformer, Tokenizer]":

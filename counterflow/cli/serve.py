@@ -5,13 +5,14 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from counterflow.cli.loading import loaded
+from counterflow.cli.loading import loaded, settings_of
 from counterflow.errors import ConfigError, installing
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Serve:
     cache_bytes: float = 2**30
     """At most so much for the cache of latents, of each rank."""
     drafts: int = -1
-    """Tokens drafted ahead by the multi-token modules, at most; 0: none; −1: one by each."""
+    """Tokens drafted ahead by the multi-token modules in every step; 0: none; −1: at most one by each module, and fewer
+    or none where that is measured to be faster."""
     grace_s: int = 30
     """How long texts under way may go on once the server is told to stop."""
     averaged: bool = False
@@ -73,6 +75,8 @@ def run(arguments: Sequence[str]) -> int:
 
     require_model(wish.run)
     listening_of(wish)  # both said once, before torch is imported and ranks are started
+    if wish.ranks > 1 and "RANK" not in os.environ:
+        print(f"Starting {wish.ranks} ranks.", flush=True)
     from counterflow.train.launch import on_ranks
 
     # Their agent kills ranks that outlive a signal by so much; the first ends texts under way and then the others.
@@ -91,11 +95,14 @@ def serve(wish: Serve, mesh: "Mesh") -> None:
 
     listen = listening_of(wish)
     folder = folder_of(wish.run)
+    if mesh.first:
+        print(f"Loading {folder}.", flush=True)
     engine, tokenizer = engine_of(wish, folder, mesh)
     links = connect(mesh)
     with ExitStack() as stack:
         taken: list[socket] = []
         mesh.first_does(lambda: taken.append(stack.enter_context(listening(listen))))
+        made_ready(engine, mesh)
         stack.enter_context(
             stop_signals(say_stopping(wish.grace_s, mesh))
         )  # the first tells the others when to end
@@ -116,6 +123,30 @@ def say_stopping(grace_s: int, mesh: "Mesh") -> Callable[[], object]:
     return lambda: print(word, flush=True) if mesh.first else None
 
 
+def made_ready(engine: "Engine", mesh: "Mesh") -> None:
+    """Compile and record before anyone waits for it, with a line that says how far it is.
+
+    Prompts of an even and an odd length, since kernels are compiled for both.
+    """
+    from counterflow.infer.request import Sampling
+    from counterflow.progress import watched
+
+    few = Sampling(max_tokens=4, temperature=0)
+
+    def write(length: int) -> None:
+        """All ranks step together."""
+        mesh.first_does(lambda: engine.add([0] * min(length, engine.batch.positions), few))
+        while not engine.finished():
+            engine.step()
+
+    sizes = [1 << power for power in range(engine.batch.max_sequences.bit_length())]
+    acts = [partial(write, length) for length in (48, 37)]
+    acts += engine.recordings([*sizes, engine.batch.max_sequences], (True, False))
+    for act in watched(acts, "compiling and recording", len(acts)) if mesh.first else acts:
+        act()
+    engine.forget()
+
+
 def listening_of(wish: Serve) -> "ServerSettings":
     """Where the server listens and what it takes.   Fails: ConfigError, also where its packages are missing."""
     try:
@@ -130,12 +161,10 @@ def listening_of(wish: Serve) -> "ServerSettings":
 
 def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokenizer]":
     """This rank's engine and the run's tokenizer.   Fails: CounterflowError, on every rank alike."""
-    from counterflow.infer.engine import Engine, EngineSettings, pass_rows
+    from counterflow.infer.engine import Engine, pass_rows
     from counterflow.infer.ranks import share_experts
 
-    settings = mesh.all_do(
-        lambda: EngineSettings(wish.max_sequences, cache_bytes=wish.cache_bytes, drafts=wish.drafts)
-    )
+    settings = mesh.all_do(lambda: settings_of(wish.max_sequences, wish.drafts, cache_bytes=wish.cache_bytes))
     model, tokenizer = loaded(folder, wish.averaged, wish.precision, mesh, settings)
 
     def made() -> Engine:

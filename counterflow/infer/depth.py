@@ -8,7 +8,8 @@ Times are compared side by side only: a depth is tried for some steps, and what 
 before them, so that a machine that grows slower or a text that grows longer changes no choice. When a batch size is new
 all depths are tried; after that a trial happens when a hundredth of the time since has paid for it, by what the last
 one lost. So trials are rare where they are dear and frequent where two depths come to much the same. Steps in which
-something was compiled, recorded or caught up are no times of their depth, but they count as the trial's price.
+something was compiled, recorded or caught up are no times of their depth; modules that must catch up are part of a
+trial's price all the same.
 """
 
 from collections import deque
@@ -34,6 +35,8 @@ REMEMBERED = 4
 """What the drafts judged before weigh, when drafts are taken up again after a time without."""
 FADE = 0.997
 """What an older step's acceptance weighs beside a newer one's."""
+LONGEST = 8
+"""Steps' time that one step can count as in a trial's price: what was compiled in it is not compiled again."""
 MARGIN = 0.01
 """By how much another depth must be faster to be taken."""
 DOUBT = 0.7
@@ -174,10 +177,9 @@ class Depth:
         if depth in size.untried:
             size.untried.remove(depth)
         if not size.times:
-            size.price[depth] = sum(size.spent)
-            size.saved -= size.price[depth]
             return
         took = median(size.times)
+        spent = [min(seconds, LONGEST * took) for seconds in size.spent]
         if not size.cost:
             size.current, size.cost[depth] = depth, took
             size.saved = ADVANCE * took
@@ -189,7 +191,7 @@ class Depth:
         old = size.cost.get(depth, found)
         size.cost[depth] = old * (found / old) ** (1 / min(trials, BLENDED))
         worth = beside * self.expected(depth) / self.expected(size.current)
-        size.price[depth] = max(0.0, sum(size.spent) - worth * len(size.spent))
+        size.price[depth] = max(0.0, sum(spent) - worth * len(spent))
         size.saved -= size.price[depth] if not size.untried else 0.0
         if self._change(size) == depth:
             size.recent.extend(size.times)

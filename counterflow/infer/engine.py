@@ -8,12 +8,13 @@ threads put requests into a queue of their own. The model stays where its weight
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from itertools import product
 from time import perf_counter
 
 from counterflow.errors import ConfigError, RequestError
 from counterflow.infer.batch import Batch, Work
 from counterflow.infer.blocks import Blocks
-from counterflow.infer.cache import Cache
+from counterflow.infer.cache import Cache, power_of_two
 from counterflow.infer.depth import Depth
 from counterflow.infer.passes import Passes, graphs_for
 from counterflow.infer.ranks import Ranks
@@ -84,7 +85,7 @@ class Engine:
         self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
         graphs = graphs_for(model, settings.graphs)
-        run = Passes(model, cache, graphs, 1 + drafts + self.modules, settings.max_sequences * drafts)
+        run = Passes(model, cache, graphs, 1 + drafts, settings.max_sequences * drafts)
         self.runner = Runner(run, self.modules, self.ranks, rows)
         self.statistics = Statistics()
         self._texts: dict[int, TextStream] = {}
@@ -133,6 +134,21 @@ class Engine:
             raise RequestError(f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.")
         if samples < 1:
             raise RequestError(f"n is {samples}; it must be at least 1.")
+
+    def forget(self) -> None:
+        """Nothing was counted or measured: what was written so far was to make ready."""
+        self.statistics, self.depth = Statistics(), Depth(self.depth.deepest, self.depth.adapt)
+
+    def recordings(self, sequences: Items[int], greedy: Items[bool]) -> list[Callable[[], None]]:
+        """What records the graphs of decoding beforehand, one by one: for so many sequences, their powers of two, and
+        for texts of the likeliest tokens, for drawn ones, or both. Empty where passes are not recorded."""
+        drafts, passes = self.depth.deepest, self.runner.passes
+        sizes = sorted({power_of_two(count) for count in sequences})
+        return [
+            one
+            for size, choose in product(sizes, greedy)
+            for one in passes.recordings(size, drafts, self.modules, choose)
+        ]
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now; nothing more is heard of it."""

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.infer.attend import attend
-from counterflow.infer.cache import NOBODY, Bucket, Cache, Extent, Rows, bucket_of
+from counterflow.infer.cache import (
+    LEAST_BLOCKS,
+    NOBODY,
+    RUNG,
+    Bucket,
+    Cache,
+    Extent,
+    Rows,
+    bucket_of,
+    power_of_two,
+)
 from counterflow.infer.graphs import Graphs, hindrance
 from counterflow.infer.states import Row, gather, upload
 from counterflow.model.layer import Context, Layer
@@ -41,8 +52,9 @@ class Passed(NamedTuple):
 
 
 class Passes:
-    """A model's passes over one cache. Those in which no sequence has more than `longest` rows, as many as drafts make,
-    are of decoding and replayed from `graphs`, if given; `places` is how many tokens they can keep on the device."""
+    """A model's passes over one cache. Those in which no sequence has more rows than decoding, `longest` in the trunk
+    and one more with each module, are replayed from `graphs`, if given; `places` is how many tokens they can keep on
+    the device."""
 
     def __init__(
         self, model: Transformer, cache: Cache, graphs: Graphs | None, longest: int, places: int = 0
@@ -59,11 +71,7 @@ class Passes:
 
     def trunk(self, extents: Items[Extent], tokens: Items[list[int]], choose: bool = False) -> Passed:
         """The whole model but its head; `choose` asks for the likeliest tokens."""
-
-        def act(flat: Tensor, rows: Rows) -> Tensor:
-            return run_trunk(self.model, flat, rows, self.cache)
-
-        return self._run(0, act, extents, tokens, None, [NOBODY] * len(extents) if choose else None)
+        return self._run(0, self._trunk, extents, tokens, None, [NOBODY] * len(extents) if choose else None)
 
     def module(
         self,
@@ -75,10 +83,7 @@ class Passes:
     ) -> Passed:
         """MTP depth `depth` (from 0); `hidden` are the depth before's states, extent by extent. With `keep` an even
         pass puts the token that is likeliest behind each extent's last row into that place of `drafted`."""
-
-        def act(flat: Tensor, rows: Rows, states: Tensor) -> Tensor:
-            return run_module(self.model, depth, states, flat, rows, self.cache)
-
+        act = partial(self._module, depth)
         return self._run(1 + depth, act, extents, tokens, hidden, keep)
 
     def resolved(self, tokens: Items[list[int]]) -> list[list[int]]:
@@ -98,20 +103,65 @@ class Passes:
         keep: list[int] | None,
     ) -> Passed:
         device = self.cache.entries.device
-        self._longer += any(extent.end - extent.start > self.longest for extent in extents)
-        bucket = self.graphs and bucket_of(extents, self.cache.size, self.longest, few=hidden is not None)
+        longest = self.longest + max(0, name - 1)
+        self._longer += any(extent.end - extent.start > longest for extent in extents)
+        bucket = self.graphs and bucket_of(extents, self.cache.size, longest, few=hidden is not None)
         if not self.graphs or not bucket:
             rows, tokens = self.cache.rows(extents), self.resolved(tokens)
             given = [token for i in rows.order for token in tokens[i]]
             flat = torch.tensor(given, dtype=torch.long, device=device)
             states = [] if hidden is None else [self._joined([row for i in rows.order for row in hidden[i]])]
             return Passed(act(flat, rows, *states), rows.starts, None)
-        choose = keep is not None
         numbers = upload(self.cache.packed(extents, tokens, bucket, keep or ()), device)
         states = [] if hidden is None else [gather(even(hidden, bucket))]
-        even_act = partial(self._even, act, bucket, choose)
-        h, *best = self.graphs.run((name, bucket, choose), even_act, numbers, *states)
+        h, *best = self._replay(self.graphs, name, act, bucket, keep is not None, numbers, *states)
         return Passed(h, [index * bucket.queries for index in range(len(extents))], best[0] if best else None)
+
+    def recordings(self, sequences: int, drafts: int, modules: int, choose: bool) -> list[Callable[[], None]]:
+        """What records, one by one, all graphs that so many sequences, drafts at most and modules can need, if there
+        are graphs; `choose` as their passes will ask for it."""
+        made: list[Callable[[], None]] = []
+        if not self.graphs:
+            return made
+        blocks, most = [LEAST_BLOCKS], -(-len(self.cache.rope) // self.cache.size)
+        while blocks[-1] < most:
+            blocks.append(blocks[-1] * RUNG)
+        for number, rows in product(blocks, range(1, drafts + 2)):
+            made.append(partial(self._record, 0, Bucket(sequences, rows, number), choose))
+        for depth, number in product(range(modules), blocks):
+            powers = range(power_of_two(1 + drafts + depth).bit_length())
+            made += [
+                partial(self._record, 1 + depth, Bucket(sequences, 1 << i, number), choose) for i in powers
+            ]
+        return made
+
+    @torch.no_grad()
+    def _record(self, name: int, bucket: Bucket, choose: bool) -> None:
+        """One graph, by a pass over rows of nobody."""
+        assert self.graphs, "a list of recordings is of graphs"
+        act = self._trunk if not name else partial(self._module, name - 1)
+        device, width = self.cache.entries.device, self.model.config.hidden_size
+        numbers = upload(self.cache.packed((), (), bucket), device)
+        rows = bucket.sequences * bucket.queries
+        states = [self.model.head.new_zeros(rows, width)] if name else []
+        self._replay(self.graphs, name, act, bucket, choose, numbers, *states)
+
+    def _replay(
+        self,
+        graphs: Graphs,
+        name: int,
+        act: Callable[..., Tensor],
+        bucket: Bucket,
+        choose: bool,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        return graphs.run((name, bucket, choose), partial(self._even, act, bucket, choose), *inputs)
+
+    def _trunk(self, flat: Tensor, rows: Rows) -> Tensor:
+        return run_trunk(self.model, flat, rows, self.cache)
+
+    def _module(self, depth: int, flat: Tensor, rows: Rows, states: Tensor) -> Tensor:
+        return run_module(self.model, depth, states, flat, rows, self.cache)
 
     def _joined(self, rows: list[Row]) -> Float[Tensor, "T D"]:
         return gather(rows) if rows else self.model.head.new_empty(0, self.model.config.hidden_size)

@@ -56,28 +56,44 @@ class Statistics:
         return self.drafted_tokens / self.drafted_turns if self.drafted_turns else None
 
 
-def described(statistics: Statistics, depth: Depth, sequences: int = 1) -> str:
-    """Speed, and what drafts brought, for people; `sequences` wrote at once."""
-    took = statistics.draft_s + statistics.model_s
-    rate = f"{statistics.tokens / took:,.0f} tokens/s" if took else "no time at all"
+@dataclass(frozen=True)
+class Took:
+    """Seconds that one text took, part by part."""
+
+    loading_s: float
+    """Of the command, until the first prompt could be read."""
+    first_s: float
+    """From there to the first token."""
+    rest_s: float
+    """To the last one."""
+
+
+def described(statistics: Statistics, depth: Depth, took: Took) -> str:
+    """How fast one text was written, and what drafts brought, for people."""
+    rest = max(0, statistics.tokens - 1)
+    rate = f"{rest / took.rest_s:,.1f} tokens/s after it" if rest and took.rest_s else "no more than that"
     lines = [
-        f"{statistics.tokens} tokens after {statistics.prompt_tokens} of prompt in {seconds(took)}: {rate}."
+        f"Loading took {seconds(took.loading_s)}, the first token {seconds(took.first_s)} more (after "
+        f"{statistics.prompt_tokens} of prompt); {rate} ({rest} in {seconds(took.rest_s)})."
     ]
     if statistics.accepted_length is None:
         return lines[0]
     kept = ", ".join(f"{share:.0%}" for share in statistics.acceptance)
     lines.append(
-        f"Drafts kept, by position: {kept}; {statistics.accepted_length:.2f} tokens a step that had drafts "
-        f"({statistics.drafted_turns} of {statistics.verified})."
+        f"Drafted tokens that were kept, first, second, ... of a step: {kept}. Steps with drafts gave "
+        f"{statistics.accepted_length:.2f} tokens each, and {statistics.drafted_turns} of {statistics.verified} "
+        "steps had some."
     )
-    chosen = depth.best(sequences) if depth.adapt else depth.deepest
-    speed_up = depth.speed_up(sequences, chosen)
-    if speed_up is None:
-        lines.append(
-            "No step without drafts was timed, so no speed-up is known (a seed keeps the drafts' depth)."
-        )
-    else:
-        lines.append(
-            f"Speed-up {speed_up:.2f} with {chosen} at a time, by the times of such steps and of plain ones."
-        )
+    lines.append(_worth(depth))
     return "\n".join(lines)
+
+
+def _worth(depth: Depth) -> str:
+    """What the depth that was chosen in the end brings, as far as it was measured."""
+    chosen, deepest = depth.best(1), depth.deepest
+    speed_up = depth.speed_up(1, chosen or deepest)
+    if speed_up is None:
+        return "What the speed is without drafts was not measured, so the gain is not known."
+    if not chosen:
+        return f"In the end none were made, since {deepest} a step is {speed_up:.2f} times as fast as none."
+    return f"In the end {chosen} a step, which is {speed_up:.2f} times as fast as none."

@@ -126,6 +126,7 @@ class Service:
         request: Request,
     ) -> Response:
         """Submit, and answer whole or as a stream."""
+        asked.require_room(prompts, self.engine.batch.positions)
         ticket = self.worker.submit(prompts, sampling, asked.n)
         order = [(prompt, echo) for prompt, echo in zip(prompts, echoes, strict=True) for _ in range(asked.n)]
         choices = [Choice(index, prompt, echo) for index, (prompt, echo) in enumerate(order)]

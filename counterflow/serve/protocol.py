@@ -32,6 +32,7 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: StrictStr
+    max_tokens: StrictInt | None = None
     n: StrictInt = Field(1, ge=1, le=128)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -67,12 +68,28 @@ class Asked(BaseModel):
             prompt,
         )
 
+    @property
+    def limit(self) -> int | None:
+        """The tokens that a text may have at most, if that is said; chats have a newer name for it."""
+        newer = getattr(self, "max_completion_tokens", None)
+        return self.max_tokens if newer is None else newer
+
+    def require_room(self, prompts: list[list[int]], positions: int) -> None:
+        """Fails (RequestError) if so many tokens as are asked for cannot follow a prompt. A text's last token needs no
+        position of its own."""
+        longest = max(map(len, prompts))
+        if self.limit is not None and longest <= positions < longest + self.limit - 1:
+            raise RequestError(
+                f"This model's maximum context length is {positions + 1} tokens, its {positions} positions and the "
+                f"token behind them; {longest + self.limit} were asked for ({longest} in the prompt). "
+                f"Ask for {positions + 1 - longest} tokens at most, shorten the prompt, or leave max_tokens out."
+            )
+
 
 class CompletionAsked(Asked):
     """The body of POST /v1/completions."""
 
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
-    max_tokens: StrictInt | None = None
     echo: StrictBool = False
     logprobs: StrictInt | None = None
     best_of: StrictInt | None = None
@@ -122,7 +139,6 @@ class ChatAsked(Asked):
     """The body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: StrictInt | None = None
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
@@ -148,9 +164,8 @@ class ChatAsked(Asked):
         """How to draw; without a limit to the model's positions.   Fails: RequestError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs to true.")
-        limits = [limit for limit in (self.max_completion_tokens, self.max_tokens) if limit is not None]
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        sampling = self.sampling(eos, limits[0] if limits else positions, logprobs, False)
+        sampling = self.sampling(eos, positions if self.limit is None else self.limit, logprobs, False)
         if tokenizer.bpe.token_to_id(MARKS["user"]) is None:  # roles are words: the next one's ends the turn
             return Sampling(**{**vars(sampling), "stop": (*sampling.stop, "\n\nUser:")})
         return sampling

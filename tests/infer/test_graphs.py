@@ -106,6 +106,22 @@ def test_an_engine_of_even_passes_writes_the_same_text(drafts, laid):
     assert written[0] == written[1] and len(laid) > 10
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_recorded_beforehand_is_all_that_texts_need(laid, temperature):
+    """Batches that shrink, drafts near a text's end, and depths that change."""
+    settings = EngineSettings(max_sequences=5, max_rows=24, block_size=4)
+    engine = Engine(trained_model(), settings)
+    engine.runner.passes.graphs = Graphs()
+    for record in engine.recordings(range(1, 6), [temperature == 0]):
+        record()
+    recorded = set(laid)
+    assert len(recorded) == len(laid), "each once"
+    for row, n, length in zip(texts(7, 60, seed=7), (1, 40, 9, 17, 3, 5, 8), (12, 7, 20, 20, 3, 16, 1)):
+        engine.add(row[:n].tolist(), Sampling(length, temperature))
+    finish(engine)
+    assert len(laid) > len(recorded) and set(laid) == recorded & set(laid)
+
+
 def test_a_cpu_says_once_that_it_has_no_graphs(caplog):
     with caplog.at_level(logging.INFO, logger="counterflow"):
         engine = Engine(trained_model(), EngineSettings(block_size=4))

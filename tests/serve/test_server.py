@@ -194,6 +194,8 @@ def test_errors_name_what_was_wrong(client, toy):
         client.completions.create(model="gpt-4", prompt="a")
     with pytest.raises(openai.BadRequestError, match="max_tokens is -1; it must be at least 0"):
         client.completions.create(model="toy", prompt="a", max_tokens=-1)
+    with pytest.raises(openai.BadRequestError, match=r"context length is 257 .* Ask for 255 tokens at most"):
+        client.completions.create(model="toy", prompt=[5, 6], max_tokens=100_000)
     with pytest.raises(openai.BadRequestError, match="role is 'dog'"):
         client.chat.completions.create(model="toy", messages=[{"role": "dog", "content": "wuff"}])
     assert toy.ask("/v1/nothing")[0] == 404 and toy.ask("/v1/completions")[0] == 405
