@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from math import sqrt
 from statistics import median
 
-TRIAL = 8
+TRIAL = 6
 """Steps of a trial that are timed."""
 MOST = 4 * TRIAL
 """Steps after which a trial ends with the times it has."""
 APART = 24
 """Steps between two trials, at least."""
-SHARE, ADVANCE = 0.01, 8
+SHARE, ADVANCE = 0.01, 2
 """Of all time, what trials may lose; and what a new batch size has to lose beforehand, in steps."""
 RECENT = 16
 """Steps at the chosen depth that a trial is compared with."""
