@@ -8,7 +8,9 @@ RUN ?= tiny
 TRAIN_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: train test checks paper clean
+CHROMIUM ?= chromium
+
+.PHONY: train test checks paper pictures clean
 
 train: .venv/.installed
 	$(BIN)/counterflow train $(RUN) $(TRAIN_ARGS)
@@ -24,6 +26,16 @@ checks: .venv/.installed-dev
 paper: .venv/.installed
 	$(BIN)/python -m counterflow.config.paper > docs/PAPER.md.new
 	mv docs/PAPER.md.new docs/PAPER.md
+
+# The pictures of the README: a schedule, and the page of a finished run as Chromium shows it, in light and dark.
+pictures: .venv/.installed
+	for theme in light dark; do \
+	  $(BIN)/counterflow schedule dualpipe --theme $$theme --svg docs/pictures/dualpipe-$$theme.svg > /dev/null; \
+	  [ $$theme = dark ] && scheme=0 || scheme=1; \
+	  $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1060,1180 \
+	    --blink-settings=preferredColorScheme=$$scheme --screenshot=docs/pictures/page-$$theme.png \
+	    "file://$(abspath runs/$(RUN)/report.html)"; \
+	done
 
 # Removes what was installed and cached; runs/ stays, it is your work.
 clean:

@@ -32,7 +32,8 @@ def terminal(answer: Answer) -> str:
     sections = [
         _headline(answer),
         _model(answer),
-        "Layouts, the best first (simulated op by op, the others cell by cell):\n" + aligned(layouts(answer)),
+        "Layouts, the best first; that one is simulated op by op, the others cell by cell:\n"
+        + aligned(layouts(answer)),
         _why_not(answer),
         "One step of the first, simulated op by op:\n" + aligned(step_rows(answer)),
         "One layer with experts, op by op, for one micro-batch on one rank:\n" + aligned(op_rows(answer)),

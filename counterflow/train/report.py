@@ -159,7 +159,8 @@ def losses(run: Run) -> str:
         )
     if factor := chart.bits_per_nat(run.steps):
         note += (
-            "Held-out points are measured on documents never trained on, those on the way on a sample of them. "
+            "Held-out points are measured on documents never trained on, which may be harder or easier than the "
+            "others; those on the way on a sample of them. "
             f"Bits per byte are nats per token × {factor:.3f}: 1 / ln 2 over the held-out text's bytes per token."
         )
     return _chart("Losses", chart.losses, run, note)

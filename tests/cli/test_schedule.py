@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +179,15 @@ def test_mistakes_are_one_line_and_exit_code_2(words, says, capsys, tmp_path, mo
     error = capsys.readouterr().err
     assert says in error and error.startswith("counterflow: ") and error.count("\n") == 1, error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_of_the_documents_is_what_is_drawn(capsys, tmp_path, theme):
+    """`make pictures` was run after the last change of the drawing."""
+    drawn = tmp_path / "drawn.svg"
+    printed(capsys, "dualpipe", "--theme", theme, "--svg", str(drawn))
+    kept = Path(__file__).parents[2] / "docs" / "pictures" / f"dualpipe-{theme}.svg"
+    assert drawn.read_text() == kept.read_text()
 
 
 def test_an_unsound_file_is_shown_with_an_arrow(capsys, tmp_path):
