@@ -99,6 +99,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def _plan(wish: Wish, config: RunConfig) -> None:
     job, kind = _asked(wish, config)
+    if not job.tokens:
+        raise ConfigError("train.minutes alone bounds this run; a plan needs a length: set train.tokens.")
     routing = Routing(_loads(wish.loads))
     placement = config.parallel.placement
     found = answer(job, kind, wish.gpus, wish.pins, routing, wish.dollars, wish.reliability, placement)

@@ -23,6 +23,9 @@ from counterflow.config.runs import RUNS
 from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError, nearest
 
+LENGTHS = ("tokens", "steps", "minutes")
+"""Of `train`: whoever gives one does not mean the others of the named run."""
+
 
 def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `name` (of RUNS) or a TOML file describes, with overrides such as "train.lr.peak=1e-3".
@@ -75,6 +78,9 @@ def run_of(tree: Mapping[str, Any]) -> RunConfig:
         model, rest = _model(start.model, tree.pop("model"))
         start = _same_length(start, model)
         tree["model"] = rest
+    train = _table(tree.get("train")) or {}
+    if any(train.get(name) for name in LENGTHS):
+        tree["train"] = dict.fromkeys(LENGTHS, 0) | dict(train)
     return _build(start, tree, "")
 
 
@@ -187,8 +193,13 @@ def _unknown(name: str, value: Any, beside: Sequence[str]) -> ConfigError:
     while table := _table(value):
         inner, value = next(iter(table.items()))
         name += f".{inner}"
-    ending = [key for key in all_keys() if f".{key}".endswith(f".{name}")]
-    close = ending or get_close_matches(name, [*all_keys(), *beside], n=1, cutoff=0.6)
+    keys = [*all_keys(), *beside]
+    close = [key for key in keys if f".{key}".endswith(f".{name}")]
+    leaf = get_close_matches(
+        name.rpartition(".")[2], {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.65
+    )
+    if leaf and not close:  # by the last word, since all settings of a table begin alike
+        close = get_close_matches(name, [key for key in keys if key.endswith(leaf[0])], n=1, cutoff=0.0)
     hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(beside)}."
     return ConfigError(f"{name} is not a setting; {hint}")
 

@@ -91,7 +91,15 @@ class Train:
     """How a model is trained. [§4.2]"""
 
     tokens: float = 1.5e6
-    """Length of the run, in trained tokens."""
+    """Length of the run, in trained tokens. Of tokens, steps and minutes the shortest that is not 0 holds; giving one
+    sets aside what the named run has of the others."""
+    steps: int = 0
+    """Length in optimizer steps."""
+    minutes: float = 0.0
+    """Length in minutes, held-out losses and checkpoints included: a few steps are timed first, then it is turned into
+    tokens. A machine that gets slower later takes longer."""
+    patience: int = 0
+    """Held-out losses in a row that are no better than the best one before the run ends early; 0: never."""
     batch_size: int = 16
     """Sequences of one optimizer step, all ranks together, once the ramp is over."""
     batch_start: int = 0
@@ -133,7 +141,8 @@ class Train:
     """auto (cuda if there is a GPU for every process), cpu or cuda."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "tokens"):
+        self._require_length()
+        for name in ("batch_size", "micro_batch_size"):
             _at_least(f"train.{name}", getattr(self, name), 1)
         if self.batch_size % self.micro_batch_size or self.batch_start % self.micro_batch_size:
             raise ConfigError(
@@ -165,10 +174,18 @@ class Train:
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.device not in DEVICES:
             raise ConfigError(f"train.device is '{self.device}'; {nearest(self.device, DEVICES)}")
-        if not self.tokens < float("inf"):
-            raise ConfigError(f"train.tokens is {self.tokens}; it must be a finite number.")
         for name in ("mtp_change_at", "bias_stop_at", "batch_ramp_until"):
             _between(f"train.{name}", getattr(self, name), 0.0, 1.0)
+
+    def _require_length(self) -> None:
+        for name in ("tokens", "steps", "minutes", "patience"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+            if not getattr(self, name) < float("inf"):
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be a finite number.")
+        if not (self.tokens or self.steps or self.minutes):
+            raise ConfigError(
+                "train.tokens, train.steps and train.minutes are 0; set one: a run has a length."
+            )
 
 
 @dataclass(frozen=True)

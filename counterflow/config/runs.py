@@ -37,6 +37,7 @@ RUNS: Mapping[str, RunConfig] = {
         data=Data(sequence_length=256),
         train=Train(
             tokens=1.7e6,
+            minutes=5.0,
             batch_size=16,
             micro_batch_size=4,
             lr=LearningRate(peak=3e-3, warmup=0.03),

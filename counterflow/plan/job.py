@@ -136,7 +136,8 @@ def job_of(run: RunConfig, precision: str = "") -> Job:
     named = "bf16" if named == "auto" else named
     averaged = run.train.ema_decay > 0
     size, length = run.train.batch_size, run.data.sequence_length
-    return Job(run.model, length, size, run.train.tokens, named, averaged=averaged)
+    lengths = [tokens for tokens in (run.train.tokens, run.train.steps * size * length) if tokens]
+    return Job(run.model, length, size, min(lengths, default=0.0), named, averaged=averaged)
 
 
 def require(job: Job, layout: Layout) -> None:

@@ -26,9 +26,18 @@ from counterflow.train import lr
 from counterflow.train.folder import CHECKPOINTS, REPORT, RUN_TOML, run_config
 from counterflow.train.lr import Grain
 from counterflow.train.manifest import path_of, state_of, steps_of, verify
+from counterflow.train.patience import Patience
 from counterflow.units import bytes_
 
-FREE_TO_CHANGE = ("keep", "name", "data.cache_dir", "train.threads", "train.device", "parallel")
+FREE_TO_CHANGE = (
+    "keep",
+    "name",
+    "data.cache_dir",
+    "train.threads",
+    "train.device",
+    "train.patience",
+    "parallel",
+)
 """Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
 BYTES_EACH = 16
 """Of a parameter in training: fp32 master, gradient and two moments."""
@@ -46,7 +55,7 @@ def started() -> int | None:
 
 def is_complete(run: RunConfig) -> bool:
     """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
-    require_layout(run)
+    run = in_tokens(run)
     require_tracker(run)
     if on_cpu(run):
         require_memory(run)
@@ -58,6 +67,12 @@ def is_complete(run: RunConfig) -> bool:
         next(documents(source), None)
     require_tokenizer(run.data.tokenizer, run.model.vocab_size)
     return False
+
+
+def in_tokens(run: RunConfig) -> RunConfig:
+    """The run with its length in tokens where it is given in steps.   Fails: CounterflowError for an unfit layout."""
+    train = lr.in_tokens(run.train, run.data.sequence_length, Grain(*require_layout(run)))
+    return dataclasses.replace(run, train=train)
 
 
 def on_cpu(run: RunConfig) -> bool:
@@ -95,7 +110,7 @@ def begin(run: RunConfig, folder: Path) -> int | None:
 def require_resumable(run: RunConfig, folder: Path, step: int) -> None:
     """Refuse to go on from a step under other settings, or from none where there must be one."""
     if step:
-        require_same_settings(run, folder)
+        require_same_settings(continued(run, folder, step), folder, step)
     if run.keep.resume == "must" and not step:
         raise CheckpointError(
             f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
@@ -103,9 +118,24 @@ def require_resumable(run: RunConfig, folder: Path, step: int) -> None:
 
 
 def trained_by(run: RunConfig, folder: Path, step: int) -> bool:
-    """Whether all that the run plans is trained by a step that has a checkpoint."""
+    """Whether by a step that has a checkpoint all that the run plans is trained, or its patience is over."""
+    run, state = continued(run, folder, step), state_of(path_of(folder / CHECKPOINTS, step))
     planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_layout(run)))
-    return state_of(path_of(folder / CHECKPOINTS, step))["sample"] >= planned
+    return state["sample"] >= planned or Patience(run.train.patience, state).is_over
+
+
+def continued(run: RunConfig, folder: Path, step: int) -> RunConfig:
+    """The run with the tokens that were decided when it began, where it asks for the same `train.minutes`."""
+    if not step or not run.train.minutes or run.train.minutes != bound_of(folder, step):
+        return run
+    decided = run_config(folder).train.tokens
+    train = dataclasses.replace(run.train, tokens=min(run.train.tokens or decided, decided), minutes=0.0)
+    return dataclasses.replace(run, train=train)
+
+
+def bound_of(folder: Path, step: int) -> float:
+    """The minutes that the run of a checkpoint was bounded by; its run.toml holds the tokens that they became."""
+    return state_of(path_of(folder / CHECKPOINTS, step)).get("minutes", 0.0)
 
 
 def say_complete(folder: Path, step: int) -> None:
@@ -155,9 +185,13 @@ def move_aside(folder: Path) -> None:
         folder.mkdir(parents=True)
 
 
-def require_same_settings(run: RunConfig, folder: Path) -> None:
+def require_same_settings(run: RunConfig, folder: Path, step: int) -> None:
     """Refuse to go on with a checkpoint under settings that would have made another one."""
-    changed = list(differences(run_config(folder), run))
+    before = run_config(folder)
+    if run.train.minutes:
+        asked = dataclasses.replace(before.train, minutes=bound_of(folder, step))
+        before = dataclasses.replace(before, train=asked)
+    changed = list(differences(before, run))
     if changed:
         raise ConfigError(
             f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "

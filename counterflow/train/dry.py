@@ -21,7 +21,14 @@ from counterflow.plan.stages import stage_plans
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.words import Part, Plan
 from counterflow.train import lr
-from counterflow.train.begin import folder_for, machine_bytes, on_cpu, require_resumable, trained_by
+from counterflow.train.begin import (
+    folder_for,
+    in_tokens,
+    machine_bytes,
+    on_cpu,
+    require_resumable,
+    trained_by,
+)
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.lr import Grain
 from counterflow.train.manifest import steps_of
@@ -33,7 +40,7 @@ SHOWN = 400
 
 def dry_run(run: RunConfig) -> str:
     """Settings, layout, memory and first sample of a run.   Fails: CounterflowError, as a start would."""
-    require_layout(run)
+    run = in_tokens(run)
     require_tokenizer(run.data.tokenizer, run.model.vocab_size)
     folder = folder_for(run)
     steps = steps_of(folder / CHECKPOINTS)
@@ -65,6 +72,8 @@ def _layout(run: RunConfig) -> Iterator[str]:
     """Steps, batches, and what each rank holds."""
     parallel, train, length = run.parallel, run.train, run.data.sequence_length
     grain = Grain(*require_layout(run))
+    if train.minutes:
+        yield f"As many tokens as {train.minutes:g} minutes allow, which a start times with a few steps; at most:"
     samples = lr.total_samples(train, length, grain)
     each = train.batch_size // train.micro_batch_size // parallel.data
     yield (

@@ -10,6 +10,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
 from counterflow.progress import Progress
 from counterflow.train import lr
-from counterflow.train.begin import begin, folder_for, locked, require_memory
+from counterflow.train.begin import begin, continued, folder_for, in_tokens, locked, require_memory
 from counterflow.train.behind import Behind
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.collapse import Collapses
+from counterflow.train.fit import fit
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
 from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Tracker, facts
+from counterflow.train.patience import Patience
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import write_start
@@ -45,8 +48,7 @@ from counterflow.units import count, seconds
 FIRST_RECORD, RECORD = 3, 50
 """Steps whose ops are timed: the first, so that a run that is soon stopped has a timeline too, is slow and routes
 unevenly; the second, or in a short run its middle, takes its place."""
-GIVEN = ("master.", "bias.")
-"""What a run takes from its step 0, where it has one."""
+EARLY = ", stopped early: the last {} held-out losses were no better than the best before (train.patience)"
 OTHER_TEXT = "a source or the tokenizer"
 OTHER_STDLIB = (
     f"the Python version, or what '{STDLIB}' is (its tables, such as encodings, are no longer in it),"
@@ -68,15 +70,19 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
         step = mesh.first_does(lambda: begin(run, folder))
         if step is None:
             return 0
+        state = mesh.first_does(lambda: checkpoints.state(step) if step else {"minutes": run.train.minutes})
+        run = mesh.first_does(lambda: continued(run, folder, step))
         mesh.first_does(lambda: start_from(run, step, checkpoints))
         samples = open_samples(run, mesh)
         with Progress("making the model", shown=mesh.first, file=sys.stdout):
             trainer = Trainer(run, samples, mesh)
-            already = resume(trainer, checkpoints, step, samples)
-        mesh.first_does(lambda: write_run(run, folder, step, samples))
+            resume(trainer, checkpoints, state)
+        if run.train.minutes:
+            fit(trainer)
+        mesh.first_does(lambda: write_run(trainer.run, folder, step, samples))
         if mesh.first:
             introduce(trainer, folder, step)
-        return loop(trainer, folder, checkpoints, already)
+        return loop(trainer, folder, checkpoints, state)
 
 
 def start_from(run: RunConfig, step: int, checkpoints: Checkpoints) -> None:
@@ -99,6 +105,7 @@ def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
 
 def resolve(run: RunConfig) -> RunConfig:
     """The run with what was left to the machine decided, and the process set up for it."""
+    run = in_tokens(run)
     train = run.train
     device = device_for(train.device, run.parallel.processes)
     if train.threads:
@@ -118,16 +125,15 @@ def write_run(run: RunConfig, folder: Path, step: int, samples: Samples) -> None
     samples.tokenizer.save(folder / TOKENIZER)
 
 
-def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Samples) -> float:
-    """Fill the trainer from a checkpoint, if there is one; seconds trained before."""
-    if not step:
+def resume(trainer: Trainer, checkpoints: Checkpoints, state: Mapping[str, Any]) -> None:
+    """Fill the trainer from the checkpoint that has this state; at a start from a step 0, if there is one."""
+    if "step" not in state:
         if trainer.mesh.first_does(lambda: 0 in checkpoints.steps()):
-            weights = {name: piece for name, piece in trainer.pieces().items() if name.startswith(GIVEN)}
-            checkpoints.load(0, weights, some=True)
+            checkpoints.load(0, trainer.given(), some=True)
             trainer.begin_from_given()
-        return 0.0
-    state = trainer.mesh.first_does(lambda: checkpoints.state(step))
-    if state["fingerprint"] != samples.fingerprint:
+        return
+    step = state["step"]
+    if state["fingerprint"] != trainer.samples.fingerprint:
         stdlib = any(source.path == STDLIB for source in trainer.run.data.sources)
         raise CheckpointError(
             f"{checkpoints.path(step)} was trained on other text: {OTHER_STDLIB if stdlib else OTHER_TEXT} has "
@@ -136,7 +142,6 @@ def resume(trainer: Trainer, checkpoints: Checkpoints, step: int, samples: Sampl
         )
     checkpoints.load(step, trainer.pieces())
     trainer.loaded(state["sample"], step)
-    return state["seconds"]
 
 
 def introduce(trainer: Trainer, folder: Path, step: int) -> None:
@@ -160,30 +165,34 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
     )
 
 
-def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> int:
+def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mapping[str, Any]) -> int:
     """Steps until the end or a signal; 0, or 128 + the signal."""
     first = trainer.mesh.first
     try:
-        stopped, took = run_steps(trainer, folder, checkpoints, already)
+        stopped, took = run_steps(trainer, folder, checkpoints, state)
     except CounterflowError:
         if first:
             with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
                 write_report(folder)
         raise
     if first:
-        ended = f"Trained {trainer.steps} steps in {seconds(took)}."
-        if trainer.sample < trainer.total:
+        early = "" if trainer.sample >= trainer.total else EARLY.format(trainer.run.train.patience)
+        ended = f"Trained {trainer.steps} steps in {seconds(took)}{early}."
+        if stopped:
             ended = f"Stopped at step {trainer.steps} and saved; the same command goes on from here."
         print(ended, flush=True)
         with Progress("writing the page"):
             write_report(folder)
-    return 128 + stopped if trainer.sample < trainer.total else 0
+    return 128 + stopped if stopped else 0
 
 
-def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already: float) -> tuple[int, float]:
+def run_steps(
+    trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mapping[str, Any]
+) -> tuple[int, float]:
     """Step, measure and save until the end or a signal; the signal or 0, and seconds trained, earlier ones included."""
-    keep, start, mesh = trainer.run.keep, time.perf_counter(), trainer.mesh
-    stopped, collapses, length = 0, Collapses(), trainer.run.data.sequence_length
+    keep, start, mesh = trainer.run.keep, time.perf_counter() - state.get("seconds", 0.0), trainer.mesh
+    stopped, last, collapses, length = 0, False, Collapses(), trainer.run.data.sequence_length
+    patience = Patience(trainer.run.train.patience, state)
     planned = lr.num_steps(trainer.run.train, length, trainer.grain), trainer.total * length
     with ExitStack() as stack:
         tracker = Tracker(folder, trainer.run) if mesh.first and keep.wandb else None
@@ -194,13 +203,15 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
         stack.enter_context(progress)
         stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
         saver = stack.enter_context(Behind(checkpoints, keep.checkpoint_async, progress.note))
-        while trainer.sample < trainer.total and not stopped:
+        while not last and not stopped:
             values = timed_step(trainer, folder)
             last = trainer.sample >= trainer.total
-            if last or trainer.steps % keep.eval_every == 0:
-                values |= evaluate(trainer, None if last else keep.eval_samples, progress)
+            if not last and trainer.steps % keep.eval_every == 0:
+                values |= evaluate(trainer, keep.eval_samples, progress)
+                last = patience.is_over_after(values["held_out_loss"])
+            values |= evaluate(trainer, None, progress) if last else {}
             values |= {
-                "seconds": already + time.perf_counter() - start,
+                "seconds": time.perf_counter() - start,
                 "checkpoint_seconds": saver.waited(),
                 "memory_bytes": peak_memory(trainer.device),
             }
@@ -211,10 +222,10 @@ def run_steps(trainer: Trainer, folder: Path, checkpoints: Checkpoints, already:
             progress.update(trainer.sample, *facts(values, *planned))
             stopped = saver.agreed(stops[0] if stops else 0)
             if last or stopped or trainer.steps % keep.checkpoint_every == 0:
-                state = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
-                state["fingerprint"] = trainer.samples.fingerprint
-                saver.save(trainer.steps, trainer.pieces(), state)
-    return stopped, already + time.perf_counter() - start
+                place = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
+                began = {"fingerprint": trainer.samples.fingerprint, "minutes": state.get("minutes", 0.0)}
+                saver.save(trainer.steps, trainer.pieces(), place | began | patience.state())
+    return 0 if last else stopped, time.perf_counter() - start
 
 
 def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:

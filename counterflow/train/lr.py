@@ -7,6 +7,7 @@ not allowed, the one before it grown) so that the run ends where it was planned.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -49,6 +50,20 @@ class Grain(NamedTuple):
 
     multiple: int
     least: int
+
+
+def in_tokens(train: Train, sequence_length: int, grain: Grain) -> Train:
+    """The same length without `steps`: as many tokens as those have, where they are fewer."""
+    if not train.steps:
+        return train
+    low, high = 1, train.steps * train.batch_size // grain.multiple
+    while low < high:  # searched for, since the ramp is a share of the length
+        middle = (low + high + 1) // 2
+        longer = replace(train, steps=0, tokens=middle * grain.multiple * sequence_length)
+        fits = num_steps(longer, sequence_length, grain) <= train.steps
+        low, high = (middle, high) if fits else (low, middle - 1)
+    tokens = float(low * grain.multiple * sequence_length)
+    return replace(train, steps=0, tokens=min(train.tokens or tokens, tokens))
 
 
 def total_samples(train: Train, sequence_length: int, grain: Grain | None = None) -> int:

@@ -206,6 +206,13 @@ class Optimizer:
         }
         return kept | {"adam_step": Piece.whole(self.buckets[0].count)}
 
+    def forget(self) -> None:
+        """Moments and count of steps as before the first one."""
+        for bucket in self.buckets:
+            for moment in bucket.moments:
+                moment.zero_()
+            bucket.set_count(torch.zeros(()))
+
     def loaded(self) -> None:
         """Take up what was read into `pieces()`."""
         for bucket in self.buckets:

@@ -7,7 +7,7 @@ integer. Resuming is therefore loading; there is no second path (`loop.py`).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.partition import carve
 from counterflow.config.model import ModelConfig
-from counterflow.config.run import RunConfig
+from counterflow.config.run import RunConfig, Train
 from counterflow.data.loader import Samples
 from counterflow.errors import NonFiniteError
 from counterflow.model.balance import load_entropy, max_violation, step_bias
@@ -32,6 +32,8 @@ from counterflow.train.optim import Optimizer
 from counterflow.train.piece import Piece
 from counterflow.train.pipelined import Pipelined, StepSamples
 from counterflow.train.spread import holders_of, open_dispatcher, whole_model
+
+GIVEN = ("master.", "bias.")
 
 
 @dataclass
@@ -72,8 +74,13 @@ class Trainer:
         self.ema = Ema(owned, run.train.ema_decay) if run.train.ema_decay else None
         self.sample, self.steps = 0, 0
         self.grain = Grain(*require_layout(run))
-        self.total = lr.total_samples(run.train, run.data.sequence_length, self.grain)
-        self.warmup = lr.warmup(run.train, run.data.sequence_length, self.grain)
+        self.set_length(run.train)
+
+    def set_length(self, train: Train) -> None:
+        """Take settings that differ in the run's length alone; all that changes over a run follows it."""
+        length, self.run = self.run.data.sequence_length, replace(self.run, train=train)
+        self.total = lr.total_samples(train, length, self.grain)
+        self.warmup = lr.warmup(train, length, self.grain)
 
     @property
     def done(self) -> float:
@@ -259,6 +266,18 @@ class Trainer:
             averages = self.ema.averages.items()
             kept |= {f"ema.{name}": replace(self.masters[name], value=average) for name, average in averages}
         return kept
+
+    def given(self) -> dict[str, Piece]:
+        """What a run has at its step 0; moments are zero there, and averages are the masters."""
+        return {name: piece for name, piece in self.pieces().items() if name.startswith(GIVEN)}
+
+    def begin_again(self, given: Mapping[str, Tensor]) -> None:
+        """Go back to step 0, with the values that `given()` had there."""
+        for name, piece in self.given().items():
+            piece.value.copy_(given[name])
+        self.optimizer.forget()
+        self.sample, self.steps = 0, 0
+        self.begin_from_given()
 
     def begin_from_given(self) -> None:
         """Begin with the weights that have been filled into the masters."""

@@ -160,6 +160,8 @@ def test_sources_that_cannot_be_are_refused_by_their_numbers(overrides, says):
         (["train.beta1=1"], "at least 0 and below 1"),
         (["train.weight_decay=-1"], "must be at least 0"),
         (["train.tokens=inf"], "must be a finite number"),
+        (["train.tokens=0", "train.minutes=0"], "a run has a length"),
+        (["train.patience=-1"], "must be at least 0"),
         (["model.initializer_std=-1"], "must be above 0"),
         (["model.yarn.beta_fast=0"], "model.yarn.beta_fast is 0.0; it must be above 0"),
         (["name=123"], "put it in quotes"),
@@ -171,6 +173,39 @@ def test_every_mistake_is_one_message_with_a_remedy(overrides, says):
         load_run("tiny", overrides)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lengths"),
+    [
+        ([], (1.7e6, 0, 5.0)),
+        (["train.tokens=1e5"], (1e5, 0, 0.0)),
+        (["train.steps=7"], (0.0, 7, 0.0)),
+        (["train.minutes=60"], (0.0, 0, 60.0)),
+        (["train.minutes=0"], (1.7e6, 0, 0.0)),
+        (["train.tokens=1e5", "train.minutes=2"], (1e5, 0, 2.0)),
+        (["train.lr.peak=1e-3"], (1.7e6, 0, 5.0)),
+    ],
+)
+def test_a_length_that_is_given_sets_aside_those_of_the_named_run(overrides, lengths, tmp_path):
+    train = load_run("tiny", overrides).train
+    assert (train.tokens, train.steps, train.minutes) == lengths
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(load_run("tiny", overrides)))
+    assert load_run(str(path)).train == train
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("train.patince", "train.patience"), ("train.stps", "train.steps"), ("keep.steps", "train.steps")],
+)
+def test_a_misspelt_setting_names_the_one_that_was_meant(given, meant):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}'"):
+        load_run("tiny", [f"{given}=3"])
+    with pytest.raises(
+        ConfigError, match=r"train\.epochs is not a setting; known: train\.tokens, train\.steps"
+    ):
+        load_run("tiny", ["train.epochs=3"])
 
 
 def test_unknown_runs_and_broken_files(tmp_path):

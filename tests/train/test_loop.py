@@ -13,7 +13,8 @@ import torch
 
 from counterflow.cli import main
 from counterflow.train.checkpoint import Checkpoints
-from counterflow.train.folder import CHECKPOINTS
+from counterflow.train.fit import LONG
+from counterflow.train.folder import CHECKPOINTS, run_config
 from counterflow.train.metrics import read
 from tests import processes
 from tests.train.runs import overrides, write_text
@@ -211,14 +212,14 @@ def test_a_truncated_newest_checkpoint_is_passed_over_and_the_result_is_the_same
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Send this process SIGTERM when the step has been made."""
+    """Send this process SIGTERM when the step has been made, and not only timed."""
     from counterflow.train.trainer import Trainer
 
     plain = Trainer.step
 
     def counted(self):
         values = plain(self)
-        if self.steps == step:
+        if self.steps == step and self.run.train.tokens < LONG:
             os.kill(os.getpid(), signal.SIGTERM)
         return values
 
@@ -266,3 +267,47 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
     assert "step 7: weight 'head' is not finite" in capsys.readouterr().err
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5]
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_run_bounded_in_minutes_stopped_and_resumed_is_the_unbounded_one(whole, tmp_path, capsys):
+    """Timing leaves no trace: bit for bit, also with given weights' averages, and no second timing at resuming."""
+    bounded = ("train.minutes=9", "train.tokens=3072")
+    write_text(tmp_path / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 7)
+        assert counterflow(tmp_path, *bounded) == 128 + signal.SIGTERM
+    assert "tokens/s here: training 3,072 tokens in 24 steps" in capsys.readouterr().out
+    assert counterflow(tmp_path, "train.minutes=8", "train.tokens=3072") == 2
+    assert "train.minutes was 9.0, is 8.0" in capsys.readouterr().err
+    assert counterflow(tmp_path, "train.minutes=9", "train.tokens=1024") == 2
+    assert "train.tokens was 3072.0, is 1024.0" in capsys.readouterr().err
+    assert counterflow(tmp_path, *bounded) == 0
+    assert "tokens/s here" not in capsys.readouterr().out
+    assert different(final_state(tmp_path), final_state(whole)) == []
+    assert run_config(tmp_path / "run").train.tokens == 3072 and counterflow(tmp_path) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_minutes_become_whole_steps(tmp_path):
+    """A second and a half, of which timing takes its part, whatever the machine."""
+    assert counterflow(tmp_path, "train.tokens=0", "train.minutes=0.025", "keep.eval_every=1000") == 0
+    steps, kept = read(tmp_path / "run"), run_config(tmp_path / "run").train
+    assert steps[-1]["tokens"] == kept.tokens == 4 * 32 * len(steps) and kept.minutes == 0
+    assert steps[-1]["lr"] < 0.1 * max(step["lr"] for step in steps) or len(steps) < 30, (
+        "shapes follow the length"
+    )
+
+
+def test_patience_ends_a_run_which_is_then_complete_until_it_has_more(tmp_path, capsys):
+    still = ("train.lr.peak=1e-30", "train.bias_speed=0", "keep.eval_every=1", "train.steps=9")
+    write_text(tmp_path / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 3)
+        assert counterflow(tmp_path, *still, "train.patience=3") == 128 + signal.SIGTERM
+        assert counterflow(tmp_path, *still, "train.patience=3") == 0
+    assert "stopped early: the last 3 held-out losses were no better" in capsys.readouterr().out
+    assert [step["step"] for step in read(tmp_path / "run")] == [1, 2, 3, 4]
+    assert counterflow(tmp_path, *still, "train.patience=3") == 0
+    assert "is complete (step 4)" in capsys.readouterr().out
+    assert counterflow(tmp_path, *still) == 0
+    assert len(read(tmp_path / "run")) == 9

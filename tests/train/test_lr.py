@@ -101,3 +101,30 @@ def test_batches_rise_in_micro_batches_and_add_up(micro, full, start, ramp, toke
     assert all(batch % micro == 0 and batch > 0 for batch in batches)
     assert batches[:-1] == sorted(batches[:-1]) and max(batches) <= train.batch_size
     assert lr.num_steps(train, length) == len(batches)
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 6),
+    st.integers(0, 6),
+    st.floats(0.0, 1.0),
+    st.sampled_from([0.0, 900.0]),
+)
+def test_a_length_in_steps_is_that_many_steps(steps, full, start, ramp, tokens):
+    train = Train(
+        tokens=tokens,
+        steps=steps,
+        batch_size=full * 2,
+        batch_start=min(start, full) * 2,
+        batch_ramp_until=ramp,
+        micro_batch_size=2,
+    )
+    grain = lr.Grain(2, 2)
+    found = lr.in_tokens(train, 16, grain)
+    batches = list(lr.steps(found, 16, grain))
+    assert found.steps == 0 and len(batches) <= steps
+    if not tokens:
+        assert len(batches) == steps
+        assert start or set(batches) == {full * 2}, "whole steps"
+    else:
+        assert found.tokens <= tokens, "the shorter of two"
