@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from counterflow.train.checkpoint import Checkpoints
+from counterflow.train.checkpoint import WRITING, Checkpoints
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.metrics import read
 
@@ -39,7 +39,11 @@ def main(kills: int, words: list[str]) -> None:
             kept = Checkpoints(killed / CHECKPOINTS, 9)
             for step in kept.steps():
                 kept.verify(step)
-            print(json.dumps({"kill": number, "checkpoints": kept.steps()}), flush=True)
+            writing = bool(list(kept.folder.glob("*" + WRITING)))
+            print(
+                json.dumps({"kill": number, "checkpoints": kept.steps(), "while writing": writing}),
+                flush=True,
+            )
         subprocess.run(command(words, killed), check=True, stdout=subprocess.DEVNULL)
         mine, theirs = final_state(killed), final_state(whole)
         different = [
