@@ -8,13 +8,13 @@ from counterflow.plan.hardware import hardware
 
 
 def test_two_processes_measure_and_the_planner_reads_it(tmp_path):
-    settings = RatesSettings("tiny", 32, 1, processes=2, device="cpu", repeats=1, seconds=0.001)
+    settings = RatesSettings("tiny", 32, 1, "fp32", processes=2, device="cpu", repeats=1, seconds=0.001)
     found = measure_rates(settings)
     (tmp_path / "mine.toml").write_text(rates_toml(settings, found))
     mine = hardware(file=str(tmp_path / "mine.toml"))
-    assert mine.flops_per_s("bf16") == pytest.approx(found.product_flops_per_s, rel=1e-2)
+    assert mine.flops_per_s("fp32") == pytest.approx(found.product_flops_per_s, rel=1e-2)
     parts, card = mine.efficiencies, mine.card
-    assert card.bf16_flops * parts.attention == pytest.approx(found.attention_flops_per_s, rel=1e-2)
+    assert card.fp32_flops * parts.attention == pytest.approx(found.attention_flops_per_s, rel=1e-2)
     assert card.memory_bytes_per_s * parts.memory == pytest.approx(found.passes_bytes_per_s, rel=1e-2)
     assert (
         mine.fabric.bytes_per_s == pytest.approx(found.link_bytes_per_s, rel=1e-2)
