@@ -46,7 +46,7 @@ RUNS: Mapping[str, RunConfig] = {
             precision="auto",
         ),
         parallel=Parallel(pipeline=2),
-        keep=Keep(checkpoint_every=100, eval_every=100),
+        keep=Keep(checkpoint_every=100, eval_every=25, eval_samples=32),
     ),
     "small": RunConfig(
         name="small",
