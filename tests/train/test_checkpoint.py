@@ -1,6 +1,7 @@
 """A checkpoint is whole or not there: killed at any moment, truncated, corrupted, on a full disk."""
 
 import errno
+import os
 import random
 import resource
 import signal
