@@ -234,7 +234,8 @@ def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
         return trainer.step()
     recorder = Recorder(trainer.device)
     values = trainer.step(recorder)
-    spans = [span for rank in trainer.mesh.everyone(recorder.spans()) for span in rank]
+    mine = [] if trainer.mesh.data_rank else recorder.spans()  # a pipeline each has its own; one is drawn
+    spans = [span for rank in trainer.mesh.everyone(mine) for span in rank]
     if trainer.mesh.first and trainer.pipeline.last:
         write_timeline(folder, *trainer.pipeline.last, spans, trainer.steps)
     return values

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from counterflow.config.load import load_run
+from counterflow.schedule import trace
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.restore import restore
@@ -71,6 +72,8 @@ def test_four_by_two_and_back(tmp_path):
     ):
         assert torch.allclose(a, b, atol=1e-3), name
     assert (tmp_path / "wide" / "timeline.svg").is_file() and (tmp_path / "wide" / "trace.json").is_file()
+    spans = trace.read((tmp_path / "wide" / "trace.json").read_text())
+    assert len({(span.rank, span.what) for span in spans}) == len(spans), "two data ranks in one picture"
     assert "A step of the pipeline" in (tmp_path / "wide" / "report.html").read_text()
     assert not (tmp_path / "plain" / "timeline.svg").exists() and len(plain) == 5
 
