@@ -55,11 +55,15 @@ class Behind:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         with self._stack:
-            if kind is None:
-                self.wait()
-            elif issubclass(kind, Exception):  # a second Ctrl-C does not wait
-                with suppress(Exception):
+            try:
+                if kind is None:
                     self.wait()
+                elif issubclass(kind, Exception):  # a second Ctrl-C does not wait
+                    with suppress(Exception):
+                        self.wait()
+            finally:
+                if self._copy is not None and self._thread is None:
+                    self._copy.close()
 
     def save(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> None:
         """Save once the one before is written; the pieces may change as soon as this returns. A collective."""
@@ -148,12 +152,20 @@ class Copy:
     def _pin(self) -> None:
         """Let the GPU write there by itself: touched first, by all threads, as pinning touches page by page."""
         whole = torch.frombuffer(self._room, dtype=torch.uint8).zero_()
-        failed = int(torch.cuda.cudart().cudaHostRegister(whole.data_ptr(), len(whole), 0))
+        self._address = whole.data_ptr()
+        failed = int(torch.cuda.cudart().cudaHostRegister(self._address, len(whole), 0))
         if failed:
             raise CheckpointError(
                 f"{bytes_(len(whole))} for the copy of a checkpoint could not be pinned (CUDA error {failed}); "
                 "set keep.checkpoint_async=false."
             )
+
+    def close(self) -> None:
+        """Give the memory back. The driver forgets it first: it would refuse what is mapped there next."""
+        if self._devices:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+        self._devices.clear()
+        self._pieces.clear()
 
     @torch.no_grad()
     def take(self, pieces: Mapping[str, Piece]) -> Mapping[str, Piece]:
