@@ -72,12 +72,14 @@ def _layout(run: RunConfig) -> Iterator[str]:
     """Steps, batches, and what each rank holds."""
     parallel, train, length = run.parallel, run.train, run.data.sequence_length
     grain = Grain(*require_layout(run))
-    if train.minutes:
-        yield f"As many tokens as {train.minutes:g} minutes allow, which a start times with a few steps; at most:"
     samples = lr.total_samples(train, length, grain)
     each = train.batch_size // train.micro_batch_size // parallel.data
+    planned = f"{lr.num_steps(train, length, grain)} steps, {count(samples * length)} tokens"
+    if train.minutes:
+        most = f", {planned} at most" if train.tokens else ""
+        planned = f"As many tokens as {train.minutes:g} minutes allow, by steps timed at the start{most}"
     yield (
-        f"{lr.num_steps(train, length, grain)} steps, {count(samples * length)} tokens; a step of {train.batch_size} "
+        f"{planned}; a step of {train.batch_size} "
         f"sequences of {length} tokens is {each} micro-batches of {train.micro_batch_size} on each of {parallel.data} "
         "data ranks."
     )
