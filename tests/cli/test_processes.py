@@ -29,10 +29,10 @@ def place(tmp_path_factory) -> Path:
 
 
 def says(*words: str, code: int = 0) -> str:
-    """What a command prints, in processes of its own."""
+    """What a command prints as its answer, in processes of its own."""
     done = processes.counterflow(*words)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stdout
 
 
 def as_torchrun(*words: str) -> None:
