@@ -307,6 +307,8 @@ class Keep:
     wandb: str = ""
     """A project of Weights & Biases that the run is logged to as well, by the package wandb; empty: none. With
     WANDB_MODE=offline it stays on this machine."""
+    report: bool = True
+    """Draw the page report.html at the end and write a sample; without, only the numbers are kept."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "checkpoints", "eval_every", "eval_samples", "log_every"):

@@ -168,10 +168,11 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mapping[str, Any]) -> int:
     """Steps until the end or a signal; 0, or 128 + the signal."""
     first = trainer.mesh.first
+    reports = first and trainer.run.keep.report
     try:
         stopped, took = run_steps(trainer, folder, checkpoints, state)
     except CounterflowError:
-        if first:
+        if reports:
             with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
                 write_report(folder)
         raise
@@ -181,6 +182,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mappin
         if stopped:
             ended = f"Stopped at step {trainer.steps} and saved; the same command goes on from here."
         print(ended, flush=True)
+    if reports:
         with Progress("writing the page"):
             write_report(folder)
     return 128 + stopped if stopped else 0

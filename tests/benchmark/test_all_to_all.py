@@ -1,7 +1,6 @@
 """Bytes on the wire are those of rows that leave a rank; shares are of the ceiling that a backend is held against."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from counterflow.cli import main
 from counterflow.comm.mesh import Mesh
 from counterflow.errors import ConfigError
 from counterflow.plan.hardware import hardware
+from tests import processes
 
 
 def test_rows_that_stay_home_do_not_count_and_a_token_counts_once_a_rank():
@@ -84,9 +84,7 @@ def bench(*words: str) -> str:
     """What a bench prints, in a process of its own."""
     root = Path(__file__).parents[2]
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "HOME": "/tmp"}
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120, cwd=root
-    )
+    done = processes.run([sys.executable, *words], env=environment, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -104,7 +102,8 @@ def test_the_verb_prints_draws_and_writes(tmp_path):
 
 
 def test_rates_are_written_for_the_planner(tmp_path, capsys):
-    words = "--model tiny --sequence-length 16 --micro-batch 1 --device cpu --repeats 1 --seconds 0.001"
+    words = "--model tiny --sequence-length 16 --micro-batch 1 --precision fp32"
+    words += " --device cpu --repeats 1 --seconds 0.001"
     file = tmp_path / "here" / "mine.toml"
     assert main(["bench", "rates", *words.split(), "--output", str(file)]) == 0
     assert "plan --hardware" in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""One step under every schedule against the plain loop; `bench/fuzz_equality.py` draws hundreds more."""
+"""One step under every schedule against the plain loop.
+
+`bench/fuzz_equality.py` draws hundreds more, and its `--grid` has every schedule on 2 to 16 ranks at every depth.
+"""
 
 import random
 from dataclasses import replace
@@ -12,9 +15,8 @@ from counterflow.plan.stages import stage_plans, units, without_mtp
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.words import Part
 
-CASES = [(name, ranks, depth) for name in SCHEDULES for ranks in (2, 4) for depth in (0, 1, 2)]
-CASES += [("1f1b", 8, 1), ("zb1p", 8, 2), ("dualpipe", 8, 1), ("dualpipev", 8, 1), ("interleaved-1f1b", 8, 0)]
-CASES += [("dualpipev", 1, 1), ("dualpipe", 16, 1)]
+CASES = [(name, ranks, depth) for name in SCHEDULES for ranks, depth in ((2, 0), (2, 1), (4, 2))]
+CASES += [("dualpipe", 8, 1), ("dualpipev", 1, 1)]
 
 
 @pytest.mark.parametrize(("name", "ranks", "depth"), CASES)
@@ -37,9 +39,12 @@ def test_other_precisions_too(name, dtype):
     assert compare(Layout(name, 2, 6 if name != "zb1p" else 3, data_ranks=2), model)["exact"] == 0.0
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_drawn_layouts(seed):
-    layout, depth = draw(random.Random(seed))
+    generator = random.Random(seed)
+    layout, depth = draw(generator)
+    while layout.ranks * layout.data_ranks > 6:
+        layout, depth = draw(generator)
     stages = SCHEDULES[layout.schedule](layout.ranks, 4 * layout.ranks).stages
     compare(layout, small_model(stages, depth, seed), seed)
 

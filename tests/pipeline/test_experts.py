@@ -30,9 +30,9 @@ def test_losses_gradients_and_routing_are_the_plain_loops(layout):
 
 @pytest.mark.parametrize("dispatch", ["nvlink", "copy_engine"])
 def test_our_kernels_carry_a_step_of_dualpipe(dispatch):
-    """In Triton's interpreter; their gates travel as fp32."""
-    layout = Layout("dualpipe", 2, 4, 2, expert=2, dispatch=dispatch, length=5)
-    assert 0 < compare(layout, small_model(SCHEDULES["dualpipe"](2, 8).stages, 1).double()) < 1e-6
+    """In Triton's interpreter, some milliseconds a row; their gates travel as fp32."""
+    layout = Layout("dualpipe", 2, 4, 2, expert=2, dispatch=dispatch, length=3)
+    assert 0 < compare(layout, small_model(SCHEDULES["dualpipe"](2, 8).stages, 0).double()) < 1e-6
 
 
 def test_drawn_layouts_share_experts():
@@ -40,7 +40,7 @@ def test_drawn_layouts_share_experts():
     torch.set_num_threads(1)
     while seen < 3:
         layout, depth = draw(generator)
-        if layout.expert > 1 and layout.ranks <= 4:
+        if layout.expert > 1 and layout.ranks * layout.data_ranks <= 8:
             stages = SCHEDULES[layout.schedule](layout.ranks, 4 * layout.ranks).stages
             compare(layout, small_model(stages, depth, seen).double(), seen)
             seen += 1

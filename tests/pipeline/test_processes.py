@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,14 @@ from tests import processes
 from tests.train.runs import overrides
 
 pytestmark = pytest.mark.slow
-BATCH = ("train.batch_size=8", "train.micro_batch_size=1", "train.tokens=1280", "keep.eval_every=3")
+BATCH = (
+    "train.batch_size=8",
+    "train.micro_batch_size=1",
+    "train.tokens=1280",
+    "keep.eval_every=3",
+    "keep.report=false",
+    "data.held_out=0.05",
+)
 
 
 def command(folder: Path, run: str, *more: str) -> list[str]:
@@ -58,84 +64,70 @@ def assert_same(one: list[dict], other: list[dict]) -> None:
     )
 
 
-def test_four_by_two_and_back(tmp_path):
-    """DualPipe over 4 × 2 ranks is one process's run; its checkpoint goes on in one process and under 1F1B."""
-    plain, _ = train(tmp_path, "plain")
-    layout = ("parallel.pipeline=4", "parallel.data=2", "train.batch_size=16", "train.tokens=2560")
-    wide, _ = train(tmp_path, "wide", *layout)
-    alone, _ = train(tmp_path, "alone", *layout[2:])
-    assert_same(alone, wide)
-    (step,) = Checkpoints(tmp_path / "wide" / CHECKPOINTS, 9).steps()
-    assert step == 5
-    for (name, a), (_, b) in zip(
-        *(restore(tmp_path / run)[0].named_parameters() for run in ("wide", "alone"))
-    ):
+def assert_same_weights(folder: Path, run: str, other: str) -> None:
+    """Two runs' last checkpoints."""
+    for (name, a), (_, b) in zip(*(restore(folder / one)[0].named_parameters() for one in (run, other))):
         assert torch.allclose(a, b, atol=1e-3), name
-    assert (tmp_path / "wide" / "timeline.svg").is_file() and (tmp_path / "wide" / "trace.json").is_file()
-    spans = trace.read((tmp_path / "wide" / "trace.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs over one text, and in it `alone`, the run of one process."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, "alone")
+    return folder
+
+
+def test_dualpipe_over_two_by_two_ranks_is_one_process_run(runs):
+    """The same steps, timed before, and weights; only a pipeline leaves a timeline, of one data rank."""
+    layout = ("parallel.pipeline=2", "parallel.data=2")
+    steps, _ = train(runs, "wide", *layout, "keep.report=true", "train.minutes=9")
+    assert_same(metrics(runs / "alone"), steps)
+    assert Checkpoints(runs / "wide" / CHECKPOINTS, 9).steps() == [5]
+    assert_same_weights(runs, "wide", "alone")
+    assert (runs / "wide" / "timeline.svg").is_file() and (runs / "wide" / "trace.json").is_file()
+    spans = trace.read((runs / "wide" / "trace.json").read_text())
     assert len({(span.rank, span.what) for span in spans}) == len(spans), "two data ranks in one picture"
-    assert "A step of the pipeline" in (tmp_path / "wide" / "report.html").read_text()
-    assert not (tmp_path / "plain" / "timeline.svg").exists() and len(plain) == 5
+    assert "A step of the pipeline" in (runs / "wide" / "report.html").read_text()
+    assert not any((runs / "alone" / name).exists() for name in ("timeline.svg", "report.html", "sample.txt"))
 
 
-def test_shared_experts_change_nothing(tmp_path):
-    """Experts spread over data ranks: one process's run, alone, in DualPipe (whose steps are timed before), over two
-    hops; and goes on elsewhere."""
-    batch = ("train.batch_size=16", "train.tokens=2560", "keep.checkpoint_every=3", "keep.checkpoints=9")
-    alone, _ = train(tmp_path, "alone", *batch)
-    layouts = {
-        "flat": ("parallel.data=2", "parallel.expert=2"),
-        "dual": ("parallel.pipeline=4", "parallel.data=2", "parallel.expert=2"),
-        "hops": (
-            "parallel.data=4",
-            "parallel.expert=4",
-            "parallel.dispatch=two_hop",
-            "parallel.node_ranks=2",
-        ),
-    }
-    for run, layout in layouts.items():
-        timed = ("train.minutes=9",) if run == "dual" else ()
-        steps, _ = train(tmp_path, run, *batch, *layout, *timed)
-        assert_same(alone, steps)
-        hops = 2 if run == "hops" else 1
-        assert all(len(s["dispatch_bytes"]) == hops and min(s["dispatch_bytes"]) > 0 for s in steps)
-    for (name, a), (_, b) in zip(
-        *(restore(tmp_path / run)[0].named_parameters() for run in ("dual", "alone"))
-    ):
-        assert torch.allclose(a, b, atol=1e-3), name
-    kept = Checkpoints(tmp_path / "flat" / CHECKPOINTS, 9)
-    shutil.rmtree(kept.path(5))
-    steps, printed = train(tmp_path, "flat", *batch, *layouts["dual"])
-    assert "from step 3" in printed
-    assert_same(alone, steps)
+def test_experts_shared_over_two_hops_change_nothing(runs):
+    """Four ranks on two nodes: the steps, and the weights in the checkpoint that they write together."""
+    hops = ("parallel.data=4", "parallel.expert=4", "parallel.dispatch=two_hop", "parallel.node_ranks=2")
+    steps, _ = train(runs, "hops", *hops)
+    assert_same(metrics(runs / "alone"), steps)
+    assert all(len(step["dispatch_bytes"]) == 2 and min(step["dispatch_bytes"]) > 0 for step in steps)
+    assert_same_weights(runs, "hops", "alone")
 
 
-def test_a_checkpoint_goes_on_in_any_other_layout(tmp_path):
-    """Three steps in one layout, the rest in another, against all in one process."""
-    plain, _ = train(tmp_path, "plain")
-    layouts = [
-        ("parallel.data=2",),
-        ("parallel.pipeline=2",),
-        ("parallel.pipeline=3", "parallel.schedule=1f1b"),
-        (),
-    ]
-    for number, (first, then) in enumerate(pairwise(layouts)):
-        run = f"run{number}"
-        train(tmp_path, run, *first, "keep.checkpoint_every=1", "keep.checkpoints=9")
-        kept = Checkpoints(tmp_path / run / CHECKPOINTS, 9)
-        for step in kept.steps()[3:]:
-            for path in kept.path(step).iterdir():
-                path.unlink()
-            kept.path(step).rmdir()
-        steps, printed = train(tmp_path, run, *then)
-        assert "from step 3" in printed
-        assert_same(plain, steps)
+LAYOUTS = [
+    ("parallel.data=2", "parallel.expert=2"),
+    ("parallel.pipeline=2", "parallel.data=2", "parallel.expert=2"),
+    ("parallel.data=2",),
+    ("parallel.pipeline=3", "parallel.schedule=1f1b"),
+    (),
+]
+"""Each goes on from a checkpoint of the one before; experts are shared, then shared in DualPipe, then no more."""
+
+
+def test_a_checkpoint_goes_on_in_any_other_layout(runs):
+    """A run whose every step is another layout's, and each layout's way to the end, against all in one process."""
+    kept = Checkpoints(runs / "changing" / CHECKPOINTS, 9)
+    for done, layout in enumerate(LAYOUTS):
+        steps, printed = train(runs, "changing", "keep.checkpoint_every=1", "keep.checkpoints=9", *layout)
+        assert ("Going on" in printed and f"from step {done}" in printed) == (done > 0)
+        assert_same(metrics(runs / "alone"), steps)
+        if "parallel.expert=2" in layout:
+            assert all(len(s["dispatch_bytes"]) == 1 and s["dispatch_bytes"][0] > 0 for s in steps[done:])
+        for step in kept.steps()[done + 1 :]:
+            shutil.rmtree(kept.path(step))
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_ends_all_with_one_message_or_starts_them_again(tmp_path, restarts):
     words = command(
-        tmp_path, "run", "parallel.pipeline=2", f"parallel.restarts={restarts}", "train.tokens=25600",
+        tmp_path, "run", "parallel.pipeline=2", f"parallel.restarts={restarts}", "train.tokens=5120",
         "keep.checkpoint_every=2", "keep.checkpoints=1",
     )  # fmt: skip
     kept = Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
@@ -150,12 +142,12 @@ def test_a_killed_rank_ends_all_with_one_message_or_starts_them_again(tmp_path, 
         assert not children(process.pid)
     if restarts:
         assert process.returncode == 0 and "Going on with tiny" in out, out + err
-        assert [step["step"] for step in metrics(tmp_path / "run")][-1] == 100
+        assert [step["step"] for step in metrics(tmp_path / "run")][-1] == 20
         return
     assert process.returncode == 4 and time.monotonic() - killed < 60
     assert err.count("counterflow:") == 1 and "was killed by SIGKILL" in err and "rank " in err, err
     assert "Traceback" not in err
-    assert kept.steps() and load_run(str(tmp_path / "run" / "run.toml")).train.tokens == 25600
+    assert kept.steps() and load_run(str(tmp_path / "run" / "run.toml")).train.tokens == 5120
 
 
 def children(pid: int) -> list[int]:
