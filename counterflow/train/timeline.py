@@ -48,6 +48,9 @@ def drawn(schedule: Schedule, named: Mapping[str, Sequence[Span]]) -> str:
     ops: set[Any] = set()
     whole, part = [], []
     for title, spans in named.items():
+        if not all(isinstance(span.what, Op) for span in spans):  # a plan's are cells already
+            whole.append(Picture(title, spans, schedule.ranks))
+            continue
         ops = ops or set(_middle_ops([span for span in spans if span.rank == rank], chunks))
         mine = [span for span in spans if span.rank == rank and span.what in ops]
         frame: Window = min(span.start for span in mine), max(span.end for span in mine)

@@ -242,5 +242,5 @@ def test_two_processes_leave_a_whole_record(tmp_path):
 
 def test_processes_are_ended_when_their_time_is_over():
     with pytest.raises(TimeoutError, match="2 processes did not end within 1 s"):
-        for _ in begun(noting, settings.Parallel(data=2), "cpu", "hangs", "/dev/null", limit_s=1.0):
+        for _ in begun(noting, settings.Parallel(data=2), "cpu", "hangs", Path("/dev/null"), limit_s=1.0):
             pass
