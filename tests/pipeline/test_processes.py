@@ -92,6 +92,13 @@ def test_dualpipe_over_two_by_two_ranks_is_one_process_run(runs):
     assert not any((runs / "alone" / name).exists() for name in ("timeline.svg", "report.html", "sample.txt"))
 
 
+def test_ranks_start_from_another_runs_weights(runs):
+    """The first of them writes step 0 alone; on the samples of the other run's first step the loss is lower."""
+    steps, _ = train(runs, "further", "parallel.data=2", f"from={runs / 'alone'}", "train.steps=1")
+    assert Checkpoints(runs / "further" / CHECKPOINTS, 9).steps() == [0, 1]
+    assert steps[0]["loss"] < metrics(runs / "alone")[0]["loss"]
+
+
 def test_experts_shared_over_two_hops_change_nothing(runs):
     """Four ranks on two nodes: the steps, and the weights in the checkpoint that they write together."""
     hops = ("parallel.data=4", "parallel.expert=4", "parallel.dispatch=two_hop", "parallel.node_ranks=2")
