@@ -32,7 +32,7 @@ pictures: .venv/.installed
 	for theme in light dark; do \
 	  $(BIN)/counterflow schedule dualpipe --theme $$theme --svg docs/pictures/dualpipe-$$theme.svg > /dev/null; \
 	  [ $$theme = dark ] && scheme=0 || scheme=1; \
-	  $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1060,1180 \
+	  $(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1060,1110 \
 	    --blink-settings=preferredColorScheme=$$scheme --screenshot=docs/pictures/page-$$theme.png \
 	    "file://$(abspath runs/$(RUN)/report.html)"; \
 	done
