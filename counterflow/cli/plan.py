@@ -124,7 +124,7 @@ def _asked(wish: Wish, config: RunConfig) -> tuple[Job, Hardware]:
         precision = fast_precision(kind)
         if kind.is_cpu:
             why = (
-                "measured as the fastest"
+                "by the rates that were measured"
                 if kind.measured
                 else "what this machine's processor multiplies fast"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from counterflow.errors import ConfigError
-from counterflow.plan.hardware import CARDS, FABRICS, hardware
+from counterflow.plan.hardware import CARDS, FABRICS, fast_precision, hardware
 
 pytestmark = pytest.mark.pure
 
@@ -32,6 +32,20 @@ def test_a_users_file_replaces_single_numbers_and_says_so(tmp_path):
     assert mine.card.bf16_flops == 7e14 and mine.card.memory_bytes == CARDS["h200"].memory_bytes
     assert mine.fabric == FABRICS["roce400"] and mine.efficiencies.network == 0.5
     assert mine.measured == ("card.bf16_flops", "efficiencies.network")
+
+
+@pytest.mark.parametrize(
+    ("rates", "precision"),
+    [
+        ("fp32_flops = 66e9", "fp32"),  # the sheet's bf16 is another processor's
+        ("bf16_flops = 66e9", "bf16"),
+        ("fp32_flops = 66e9\nbf16_flops = 1e9", "fp32"),
+        ("fp32_flops = 66e9\nbf16_flops = 99e9", "bf16"),
+    ],
+)
+def test_a_cpu_is_planned_in_what_was_measured_to_be_fast(tmp_path, rates, precision):
+    (tmp_path / "mine.toml").write_text(f'base = "cpu"\n[card]\n{rates}\n')
+    assert fast_precision(hardware(file=str(tmp_path / "mine.toml"))) == precision
 
 
 def test_the_example_of_the_page_can_be_read(tmp_path):
