@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--limit_s", type=float, default=330, help="no part begins after so many seconds")
+    parser.add_argument("--parts", nargs="+", choices=("generate", "serve"), default=["generate", "serve"])
     parser.add_argument("--json", default="typed_rates.json")
     return parser.parse_args()
 
@@ -170,15 +171,16 @@ def main() -> None:
         found["seconds"] = time.perf_counter() - began
         Path(wish.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as cold:
-        found["generate"].append(generated(wish.run, DEFAULT, wish.tokens, cold) | {"caches": "cold"})
-        found["generate"].append(generated(wish.run, DEFAULT, wish.tokens, cold) | {"caches": "warm"})
-    keep()
-    for drafts in [DEFAULT, *wish.depths]:
-        if not late():
-            found["generate"].append(generated(wish.run, drafts, wish.tokens) | {"caches": "own"})
+    if "generate" in wish.parts:
+        with tempfile.TemporaryDirectory() as cold:
+            found["generate"].append(generated(wish.run, DEFAULT, wish.tokens, cold) | {"caches": "cold"})
+            found["generate"].append(generated(wish.run, DEFAULT, wish.tokens, cold) | {"caches": "warm"})
+        for drafts in [DEFAULT, *wish.depths]:
             keep()
-    for drafts in [DEFAULT, *wish.depths]:
+            if not late():
+                found["generate"].append(generated(wish.run, drafts, wish.tokens) | {"caches": "own"})
+    keep()
+    for drafts in [DEFAULT, *wish.depths] if "serve" in wish.parts else []:
         if late():
             break
         with serving(wish.run, drafts) as (address, ready_s):
