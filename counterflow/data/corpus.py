@@ -335,4 +335,6 @@ def _parquet(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
 def _no_field(where: str, field: str, known: object) -> DataError:
     names = [str(name) for name in known] if known else []  # type: ignore[union-attr]
     hint = nearest(field, names) if names else "it holds no object with keys."
+    if "messages" in names:
+        hint += " Conversations are not trained on yet: there is no chat template."
     return DataError(f"{where} has no '{field}'; a source's field must name where its text is: {hint}")

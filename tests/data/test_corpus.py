@@ -121,6 +121,7 @@ def test_no_files(tmp_path: Path, make, wanted: str) -> None:
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl:2: byte 14 \(0xff\)"),
         ("a.jsonl", b'{"texts": "a"}\n', r"a\.jsonl:1 has no 'text'; .*did you mean 'texts'\?"),
+        ("a.jsonl", b'{"messages": []}\n', r"a\.jsonl:1 has no 'text'; .*no chat template"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1 has no 'text'; .*no object"),
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: 'text' is int; it must be a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "half a surrogate pair at character 0"),
