@@ -147,7 +147,8 @@ class Server:
         self.socket, there = socket.socketpair()
         self.lock = threading.Lock()
         code = f"from tests.processes import serve; serve({there.fileno()})"
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        found = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(found)}
         words = [sys.executable, "-c", code]
         self.process = subprocess.Popen(words, env=environment, pass_fds=[there.fileno()])
         there.close()

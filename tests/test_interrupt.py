@@ -21,7 +21,9 @@ KEPT = (
 
 def interrupted(code: str, *numbers: int) -> tuple[int, str]:
     """Exit code of a process that is sent signals, each after a line of its, and what it said after them."""
-    command = [sys.executable, "-c", code]
+    # Whoever runs the tests in the background has Ctrl-C ignored, and a new process inherits that.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command = [sys.executable, "-c", heard + code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for number in numbers:
