@@ -75,7 +75,7 @@ def final_state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint."""
     kept = Checkpoints(folder / CHECKPOINTS, 9)
     step = kept.steps()[-1]
-    metadata = dcp.FileSystemReader(str(kept.path(step))).read_metadata().state_dict_metadata
+    metadata: Any = dcp.FileSystemReader(str(kept.path(step))).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in metadata.items()}
     kept.load(step, tensors)
     return tensors

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import TextIOBase
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from counterflow.units import seconds
 
@@ -77,7 +76,7 @@ class Progress:
         done: float = 0.0,
         shown: bool = True,
         stays: bool = False,
-        file: TextIOBase | None = None,
+        file: TextIO | None = None,
     ) -> None:
         self._work, self._stays, self._shown = [Work(what, total, done)], stays, shown
         self._file, self._live = file or sys.stderr, None

@@ -182,7 +182,7 @@ def measured(mesh: Mesh, settings: RatesSettings, shapes: ModelConfig | None = N
             progress.update(len(found), what)
             found.append(measure())
     *rates, joined, reserved = found
-    return Rates(*rates, reserved, *joined)
+    return Rates(*rates, reserved, *joined)  # pyright: ignore[reportCallIssue]
 
 
 def copy_rate(bench: Bench) -> float:

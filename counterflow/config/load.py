@@ -132,7 +132,7 @@ def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     """Set a nested key; a name given to `model`, or paths to `data.sources`, stay the base of settings that follow."""
     for depth, key in enumerate(keys[:-1], start=1):
         inner = tree.get(key, {})
-        table = {"base": inner} if isinstance(inner, str | list) else _table(inner)
+        table = cast("dict[str, Any]", {"base": inner}) if isinstance(inner, str | list) else _table(inner)
         if table is None:
             raise ConfigError(
                 f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting."

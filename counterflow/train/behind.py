@@ -153,7 +153,7 @@ class Copy:
         """Let the GPU write there by itself: touched first, by all threads, as pinning touches page by page."""
         whole = torch.frombuffer(self._room, dtype=torch.uint8).zero_()
         self._address = whole.data_ptr()
-        failed = int(torch.cuda.cudart().cudaHostRegister(self._address, len(whole), 0))
+        failed = int(_driver().cudaHostRegister(self._address, len(whole), 0))
         if failed:
             raise CheckpointError(
                 f"{bytes_(len(whole))} for the copy of a checkpoint could not be pinned (CUDA error {failed}); "
@@ -163,7 +163,7 @@ class Copy:
     def close(self) -> None:
         """Give the memory back. The driver forgets it first: it would refuse what is mapped there next."""
         if self._devices:
-            torch.cuda.cudart().cudaHostUnregister(self._address)
+            _driver().cudaHostUnregister(self._address)
         self._devices.clear()
         self._pieces.clear()
 
@@ -175,6 +175,11 @@ class Copy:
         for device in self._devices:
             torch.cuda.current_stream(device).synchronize()
         return self._pieces
+
+
+def _driver() -> Any:
+    """CUDA's runtime, which torch has where it has CUDA."""
+    return torch.cuda.cudart()
 
 
 def aligned(tensor: Tensor) -> int:

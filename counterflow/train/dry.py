@@ -196,11 +196,10 @@ def is_tokenised(run: RunConfig) -> bool:
         if not learnt.is_dir():
             return False
         tokenizer = load(learnt / "tokenizer.json")
-    rates = {"train": data.fim_rate, "held_out": 0.0}
     return all(
-        shards_folder(corpus, part, tokenizer, rate, cache).is_dir()
+        shards_folder(corpus, "train", tokenizer, data.fim_rate, cache).is_dir()
+        and shards_folder(corpus, "held_out", tokenizer, 0.0, cache).is_dir()
         for corpus in corpora
-        for part, rate in rates.items()
     )
 
 
