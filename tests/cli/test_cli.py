@@ -32,7 +32,7 @@ def test_what_is_complete_or_wrong_is_said_without_torch(tmp_path):
     for step, sample in ((20, 80), (24, 96)):
         (checkpoint := path_of(run / CHECKPOINTS, step)).mkdir(parents=True)
         (checkpoint / "weights").write_text("weights")
-        manifest.write(checkpoint, {"sample": sample})
+        manifest.write(checkpoint, {"sample": sample}, {})
     (run / RUN_TOML).write_text(to_toml(config))
     (run / SAMPLE).touch()
     (tmp_path / "chat.jsonl").write_text('{"messages": "text"}')

@@ -104,8 +104,8 @@ def test_drafts_change_no_text_and_stats_tell_what_they_brought(whole, capsys):
         assert main([*words, "--drafts", drafts, "--stats"]) == 0
         said = capsys.readouterr()
         texts.append(said.out)
-        assert "40 tokens after 2 of prompt" in said.err
-        assert ("Drafts kept, by position" in said.err) == (drafts != "0")
+        assert "(after 2 of prompt)" in said.err and "(39 in " in said.err
+        assert ("Drafted tokens that were kept" in said.err) == (drafts != "0")
     assert len(set(texts)) == 1
     assert main([*words, "--drafts", "-2"]) == 2 and "drafts is -2" in capsys.readouterr().err
     assert main([*words, "--device", "tpu"]) == 2 and "device is 'tpu'" in capsys.readouterr().err
