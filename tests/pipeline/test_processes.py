@@ -26,7 +26,6 @@ BATCH = (
     "train.micro_batch_size=1",
     "train.tokens=1280",
     "keep.eval_every=3",
-    "keep.report=false",
     "data.held_out=0.05",
 )
 

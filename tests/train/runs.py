@@ -52,7 +52,7 @@ def write_text(path: Path) -> Path:
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
-    """Of the run `tiny`: a model of some thousand parameters, 24 steps of 4 × 32 tokens."""
+    """Of the run `tiny`: a model of some thousand parameters, 24 steps of 4 × 32 tokens, without page and sample."""
     text = folder / "text.txt"
     if not text.exists():
         write_text(text)
@@ -65,6 +65,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         f"keep.folder={folder / 'run'}",
         "keep.checkpoint_every=5",
         "keep.eval_every=10",
+        "keep.report=false",
         "train.tokens=3072",
         "train.batch_size=4",
         "parallel.pipeline=1",

@@ -48,7 +48,7 @@ def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 def whole(tmp_path_factory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    assert counterflow(folder) == 0
+    assert counterflow(folder, "keep.report=true") == 0
     return folder
 
 
@@ -263,7 +263,7 @@ def test_a_run_that_diverges_exits_with_3_and_leaves_its_page(tmp_path, capsys):
             return plain(self)
 
         patch.setattr(Trainer, "step", spoilt)
-        assert counterflow(tmp_path) == 3
+        assert counterflow(tmp_path, "keep.report=true") == 3
     assert "step 7: weight 'head' is not finite" in capsys.readouterr().err
     assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [5]
     assert (tmp_path / "run" / "report.html").is_file()
