@@ -1,10 +1,12 @@
 """Ctrl-C is heard while a library keeps the main thread; what is to be saved is let finish, and a second one is not."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import zlib
 
 import pytest
 
@@ -44,6 +46,26 @@ def test_a_stop_is_answered_while_the_step_goes_on_and_a_second_ends_it():
         f"with stop_signals(lambda: print('Stopping', flush=True)):\n {KEPT}"
     )
     assert interrupted(code, signal.SIGINT) == (130, "counterflow: interrupted.\n")
+
+
+def test_a_checkpoint_that_is_verified_is_not_waited_for(tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    with (folder / "large").open("wb") as file:
+        file.truncate(2**40)  # many minutes to sum, no room on the disk
+    files = {"large": {"bytes": 2**40, "crc32": 0}}
+    content = {"files": files, "state": {}, "crc32": zlib.crc32(json.dumps([files, {}]).encode())}
+    (folder / "manifest.json").write_text(json.dumps(content))
+    code = (
+        "import os, signal, threading\n"
+        "from pathlib import Path\n"
+        "from counterflow.interrupt import ends_at_once\n"
+        "from counterflow.train.manifest import verify\n"
+        "threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        f"with ends_at_once():\n verify(Path({str(folder)!r}))\n"
+    )
+    status, said = interrupted(code)
+    assert status == -signal.SIGINT and "KeyboardInterrupt" in said
 
 
 def test_what_can_take_the_interrupt_is_given_it_and_tidies_up():

@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,16 @@ def verify(path: Path) -> None:
     Cost: one read of the checkpoint.
     """
     files = _read(path)["files"]
-    with ThreadPoolExecutor(
-        min(len(files), os.cpu_count() or 1) or 1
-    ) as readers:  # a CRC lets other threads run
-        for fault in readers.map(_fault, [path / name for name in files], files.values()):
+    number = min(len(files), os.cpu_count() or 1) or 1
+    with ThreadPool(number) as readers:  # daemons: Ctrl-C does not wait for them
+        for fault in readers.imap(_fault, [(path / name, expected) for name, expected in files.items()]):
             if fault:
                 raise CheckpointError(f"{fault}; {_instead(path)}")
 
 
-def _fault(file: Path, expected: Mapping[str, int]) -> str:
+def _fault(told: tuple[Path, Mapping[str, int]]) -> str:
     """How a file differs from what the manifest says of it; empty where it does not."""
+    file, expected = told
     size = file.stat().st_size if file.is_file() else -1
     if size != expected["bytes"]:
         torn = f"truncated: it has {size} bytes, not {expected['bytes']}"
