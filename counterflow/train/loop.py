@@ -197,10 +197,7 @@ def run_steps(
     patience = Patience(trainer.run.train.patience, state)
     planned = lr.num_steps(trainer.run.train, length, trainer.grain), trainer.total * length
     with ExitStack() as stack:
-        tracker = Tracker(folder, trainer.run) if mesh.first and keep.wandb else None
-        metrics = (
-            stack.enter_context(closing(Metrics(folder, trainer.steps, tracker))) if mesh.first else None
-        )
+        metrics = open_metrics(trainer, folder, stack)
         progress = Progress("", trainer.total, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
         stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
@@ -228,6 +225,18 @@ def run_steps(
                 began = {"fingerprint": trainer.samples.fingerprint, "minutes": state.get("minutes", 0.0)}
                 saver.save(trainer.steps, trainer.pieces(), place | began | patience.state())
     return 0 if last else stopped, time.perf_counter() - start
+
+
+def open_metrics(trainer: Trainer, folder: Path, stack: ExitStack) -> Metrics | None:
+    """The first rank's, until the stack closes; where it fails, the others do not wait for the first."""
+    opened: list[Metrics] = []
+
+    def first() -> None:
+        tracker = Tracker(folder, trainer.run) if trainer.run.keep.wandb else None
+        opened.append(stack.enter_context(closing(Metrics(folder, trainer.steps, tracker))))
+
+    trainer.mesh.first_does(first)
+    return opened[0] if opened else None
 
 
 def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:

@@ -9,7 +9,8 @@ or a tracking service, which a run without a network would have to do without.
 import json
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ class Tracker:
         if not place.is_file():
             place.write_text(f"{secrets.token_hex(4)}\n")
         try:
-            self._run = wandb.init(
+            self._run: Any = wandb.init(
                 project=run.keep.wandb,
                 name=run.name,
                 id=place.read_text().strip(),
@@ -111,11 +112,25 @@ class Tracker:
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         """A step's numbers, by TensorBoard's names."""
-        self._run.log(dict(scalars), step=step)
+        self._tell(lambda run: run.log(dict(scalars), step=step))
 
     def close(self) -> None:
         """See everything off."""
-        self._run.finish()
+        self._tell(lambda run: run.finish())
+
+    def _tell(self, act: Callable[[Any], object]) -> None:
+        """A service that fails does not end the training: it is said once, and nothing more is sent."""
+        if self._run is None:
+            return
+        try:
+            act(self._run)
+        except Exception as error:  # whatever its client raises
+            self._run = None
+            print(
+                f"counterflow: Weights & Biases has failed ({(str(error) or repr(error)).splitlines()[0]}) and gets "
+                f"nothing more of this run; {METRICS} has it all.",
+                file=sys.stderr,
+            )
 
 
 def scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

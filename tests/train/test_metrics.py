@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +148,23 @@ def test_a_tracked_run_keeps_its_id_over_its_starts(tmp_path: Path, monkeypatch)
     assert len(logs) == 2 and all(
         b"max_vio_by_layer/layers.1" in log and b"mtp_loss/2" in log for log in logs
     )
+
+
+def test_a_tracking_service_that_fails_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys) -> None:
+    """A stand-in, since the real one does not fail when asked to."""
+
+    class Failing:
+        def log(self, *_: Any, **__: Any) -> None:
+            raise BrokenPipeError("the service is gone")
+
+    client = SimpleNamespace(init=lambda **_: Failing(), Settings=dict, errors=SimpleNamespace(Error=OSError))
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    metrics = Metrics(tmp_path, 0, Tracker(tmp_path, load_run("tiny", ["keep.wandb=project"])))
+    for step in (1, 2):
+        metrics.write(step_values(step))
+    metrics.close()
+    assert len(read(tmp_path)) == 2
+    assert capsys.readouterr().err.count("Weights & Biases has failed (the service is gone)") == 1
 
 
 def test_a_tracker_that_is_not_installed_is_said_before_the_start(monkeypatch) -> None:
