@@ -31,6 +31,8 @@ from counterflow.units import bytes_
 ALIGNMENT = 64
 SHARE = 0.5
 """Of the memory that is free, which the copies may take: the rest is for what is on its way to the disk."""
+CLOSING_S = 60
+"""How long a training that failed waits for its last checkpoint: a rank that has to take part may be gone."""
 SYNCHRONOUS = "training waits while a checkpoint is written"
 
 
@@ -58,11 +60,10 @@ class Behind:
             try:
                 if kind is None:
                     self.wait()
-                elif issubclass(kind, Exception):  # a second Ctrl-C does not wait
-                    with suppress(Exception):
-                        self.wait()
+                elif self._thread is not None and issubclass(kind, Exception):
+                    self._thread.join(CLOSING_S)  # a second Ctrl-C, which is no Exception, does not wait
             finally:
-                if self._copy is not None and self._thread is None:
+                if self._copy is not None and not (self._thread and self._thread.is_alive()):
                     self._copy.close()
 
     def save(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> None:
@@ -126,7 +127,7 @@ class Behind:
                 return None
         size = bytes_(sum(host.values()))
         self._say(f"Checkpoints are copied to memory ({size}) and written while training goes on.")
-        return Copy(pieces)
+        return mesh.all_do(lambda: Copy(pieces))
 
 
 class Copy:
@@ -199,7 +200,8 @@ def free_memory() -> int:
         return 0
     lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
+    groups = Path("/proc/self/cgroup")
+    own = groups.read_text().rpartition("::")[2].strip().lstrip("/") if groups.is_file() else ""
     group = Path("/sys/fs/cgroup") / own
     for folder in (group, *group.parents[: len(Path(own).parts)]):
         with suppress(OSError, ValueError):  # no such group, or no limit
