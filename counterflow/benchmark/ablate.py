@@ -19,6 +19,7 @@ from counterflow.config.load import load_run
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.data.loader import Samples
 from counterflow.progress import Progress
+from counterflow.train.begin import in_tokens
 from counterflow.train.loop import evaluate, resolve
 from counterflow.train.trainer import Trainer
 
@@ -68,7 +69,7 @@ def study(
 
 def measure(run: RunConfig) -> dict[str, Any]:
     """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
-    run = resolve(dataclasses.replace(run, parallel=Parallel()))
+    run = resolve(in_tokens(dataclasses.replace(run, parallel=Parallel())))
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
     trainer, start, course = (
         Trainer(run, samples, Mesh(device=torch.device(run.train.device))),

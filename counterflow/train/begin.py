@@ -55,7 +55,7 @@ def started() -> int | None:
 
 def is_complete(run: RunConfig) -> bool:
     """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
-    run = in_tokens(run)
+    require_layout(run)
     require_tracker(run)
     if on_cpu(run):
         require_memory(run)
@@ -82,14 +82,14 @@ def on_cpu(run: RunConfig) -> bool:
 
 def _is_complete(run: RunConfig, folder: Path) -> bool:
     """By the newest checkpoint alone; one that is damaged is for `begin` to pass over."""
-    steps = steps_of(folder / CHECKPOINTS)
     if run.keep.resume == "never":
         return False
-    require_resumable(run, folder, steps[-1] if steps else 0)
+    step = newest(folder / CHECKPOINTS)
+    require_resumable(run, folder, step)
     with suppress(CheckpointError):
-        if steps and trained_by(run, folder, steps[-1]):
-            verify(path_of(folder / CHECKPOINTS, steps[-1]))
-            say_complete(folder, steps[-1])
+        if step and trained_by(run, folder, step):
+            verify(path_of(folder / CHECKPOINTS, step))
+            say_complete(folder, step)
             return True
     return False
 
@@ -97,8 +97,8 @@ def _is_complete(run: RunConfig, folder: Path) -> bool:
 def begin(run: RunConfig, folder: Path) -> int | None:
     """The step to go on from, 0 for a start; None where the run is complete."""
     require_tracker(run)
-    if run.keep.resume == "never":
-        move_aside(folder)
+    if run.keep.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        move_aside(folder)  # once: ranks that parallel.restarts started again go on
     step = newest_sound(folder / CHECKPOINTS)
     require_resumable(run, folder, step)
     if step and trained_by(run, folder, step):
@@ -125,17 +125,27 @@ def trained_by(run: RunConfig, folder: Path, step: int) -> bool:
 
 
 def continued(run: RunConfig, folder: Path, step: int) -> RunConfig:
-    """The run with the tokens that were decided when it began, where it asks for the same `train.minutes`."""
-    if not step or not run.train.minutes or run.train.minutes != bound_of(folder, step):
-        return run
+    """The run with its length in tokens: those decided when it began, where it asks for the same minutes and steps.
+
+    Other layouts have other batches on the way to the full one, so that as many steps would be other tokens.
+    """
+    asked = asked_of(run)
+    if not step or not any(asked.values()) or asked != bounds_of(folder, step):
+        return in_tokens(run)
     decided = run_config(folder).train.tokens
-    train = dataclasses.replace(run.train, tokens=min(run.train.tokens or decided, decided), minutes=0.0)
-    return dataclasses.replace(run, train=train)
+    tokens = min(run.train.tokens or decided, decided)
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, tokens=tokens, steps=0, minutes=0.0))
 
 
-def bound_of(folder: Path, step: int) -> float:
-    """The minutes that the run of a checkpoint was bounded by; its run.toml holds the tokens that they became."""
-    return state_of(path_of(folder / CHECKPOINTS, step)).get("minutes", 0.0)
+def asked_of(run: RunConfig) -> dict[str, float]:
+    """What a run's length in tokens is decided from when it begins; its checkpoints keep it."""
+    return {"minutes": run.train.minutes, "steps": run.train.steps}
+
+
+def bounds_of(folder: Path, step: int) -> dict[str, float]:
+    """What was asked of the run of a checkpoint; its run.toml holds the tokens that came of it."""
+    state = state_of(path_of(folder / CHECKPOINTS, step))
+    return {"minutes": state.get("minutes", 0.0), "steps": state.get("steps", 0)}
 
 
 def say_complete(folder: Path, step: int) -> None:
@@ -189,7 +199,8 @@ def require_same_settings(run: RunConfig, folder: Path, step: int) -> None:
     """Refuse to go on with a checkpoint under settings that would have made another one."""
     before = run_config(folder)
     if run.train.minutes:
-        asked = dataclasses.replace(before.train, minutes=bound_of(folder, step))
+        minutes = bounds_of(folder, step)["minutes"]
+        asked = dataclasses.replace(before.train, minutes=minutes)
         before = dataclasses.replace(before, train=asked)
     changed = list(differences(before, run))
     if changed:
@@ -222,6 +233,16 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     return f"'{value}'" if isinstance(value, str) else f"{value}"
+
+
+def newest(checkpoints: Path) -> int:
+    """The newest checkpoint whose manifest can be read, else the oldest; 0 without one."""
+    steps = steps_of(checkpoints)
+    for step in reversed(steps):
+        with suppress(CheckpointError):
+            state_of(path_of(checkpoints, step))
+            return step
+    return steps[0] if steps else 0
 
 
 def newest_sound(checkpoints: Path) -> int:

@@ -25,13 +25,14 @@ from counterflow.train.begin import (
     folder_for,
     in_tokens,
     machine_bytes,
+    newest,
     on_cpu,
     require_resumable,
+    require_tracker,
     trained_by,
 )
 from counterflow.train.folder import CHECKPOINTS
 from counterflow.train.lr import Grain
-from counterflow.train.manifest import steps_of
 from counterflow.units import aligned, bytes_, count
 
 SHOWN = 400
@@ -40,20 +41,19 @@ SHOWN = 400
 
 def dry_run(run: RunConfig) -> str:
     """Settings, layout, memory and first sample of a run.   Fails: CounterflowError, as a start would."""
-    run = in_tokens(run)
+    require_tracker(run)
     require_tokenizer(run.data.tokenizer, run.model.vocab_size)
     folder = folder_for(run)
-    steps = steps_of(folder / CHECKPOINTS)
+    step = newest(folder / CHECKPOINTS)
     if run.keep.resume != "never":
-        require_resumable(run, folder, steps[-1] if steps else 0)
+        require_resumable(run, folder, step)
     where = f"The run would be kept in {folder}."
-    if steps and run.keep.resume == "never":
+    if step and run.keep.resume == "never":
         where = f"The run in {folder} would be moved aside."
-    elif steps:
-        complete = trained_by(run, folder, steps[-1])
-        where = (
-            f"The run in {folder} {'is complete, at' if complete else 'would go on from'} step {steps[-1]}."
-        )
+    elif step:
+        complete = trained_by(run, folder, step)
+        where = f"The run in {folder} {'is complete, at' if complete else 'would go on from'} step {step}."
+    run = in_tokens(run)
     parts = [
         to_toml(run),
         *_layout(run),

@@ -29,7 +29,7 @@ from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
 from counterflow.progress import Progress
 from counterflow.train import lr
-from counterflow.train.begin import begin, continued, folder_for, in_tokens, locked, require_memory
+from counterflow.train.begin import asked_of, begin, continued, folder_for, locked, require_memory
 from counterflow.train.behind import Behind
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.collapse import Collapses
@@ -70,7 +70,7 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
         step = mesh.first_does(lambda: begin(run, folder))
         if step is None:
             return 0
-        state = mesh.first_does(lambda: checkpoints.state(step) if step else {"minutes": run.train.minutes})
+        state = mesh.first_does(lambda: checkpoints.state(step) if step else asked_of(run))
         run = mesh.first_does(lambda: continued(run, folder, step))
         mesh.first_does(lambda: start_from(run, step, checkpoints))
         samples = open_samples(run, mesh)
@@ -105,7 +105,6 @@ def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
 
 def resolve(run: RunConfig) -> RunConfig:
     """The run with what was left to the machine decided, and the process set up for it."""
-    run = in_tokens(run)
     train = run.train
     device = device_for(train.device, run.parallel.processes)
     if train.threads:
@@ -222,7 +221,8 @@ def run_steps(
             stopped = saver.agreed(stops[0] if stops else 0)
             if last or stopped or trainer.steps % keep.checkpoint_every == 0:
                 place = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
-                began = {"fingerprint": trainer.samples.fingerprint, "minutes": state.get("minutes", 0.0)}
+                asked = {name: state.get(name, 0) for name in ("minutes", "steps")}
+                began = {"fingerprint": trainer.samples.fingerprint, **asked}
                 saver.save(trainer.steps, trainer.pieces(), place | began | patience.state())
     return 0 if last else stopped, time.perf_counter() - start
 

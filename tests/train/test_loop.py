@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from counterflow.cli import main
+from counterflow.train import begin
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.fit import LONG
 from counterflow.train.folder import CHECKPOINTS, run_config
+from counterflow.train.manifest import MANIFEST
 from counterflow.train.metrics import read
 from tests import processes
-from tests.train.runs import overrides, write_text
+from tests.train.runs import overrides, small_run, write_text
 
 
 def counterflow(folder: Path, *more: str) -> int:
@@ -281,8 +283,10 @@ def test_a_run_bounded_in_minutes_stopped_and_resumed_is_the_unbounded_one(whole
     assert "train.minutes was 9.0, is 8.0" in capsys.readouterr().err
     assert counterflow(tmp_path, "train.minutes=9", "train.tokens=1024") == 2
     assert "train.tokens was 3072.0, is 1024.0" in capsys.readouterr().err
+    (Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).path(7) / MANIFEST).write_text("{")
     assert counterflow(tmp_path, *bounded) == 0
-    assert "tokens/s here" not in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "is corrupt" in said.err and "from step 5;" in said.out and "tokens/s here" not in said.out
     assert different(final_state(tmp_path), final_state(whole)) == []
     assert run_config(tmp_path / "run").train.tokens == 3072 and counterflow(tmp_path) == 0
     assert "is complete" in capsys.readouterr().out
@@ -296,6 +300,20 @@ def test_minutes_become_whole_steps(tmp_path):
     assert steps[-1]["lr"] < 0.1 * max(step["lr"] for step in steps) or len(steps) < 30, (
         "shapes follow the length"
     )
+
+
+def test_a_length_in_steps_is_decided_once_and_other_layouts_go_on_with_it(tmp_path):
+    """A batch that grows does so in other steps where batches are multiples of other numbers."""
+    ramp = ("train.steps=7", "train.batch_size=8", "train.batch_start=4", "train.batch_ramp_until=1")
+    write_text(tmp_path / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 1)
+        assert counterflow(tmp_path, *ramp) == 128 + signal.SIGTERM
+    tokens = run_config(tmp_path / "run").train.tokens
+    other = small_run(tmp_path, *ramp, "parallel.data=2")
+    assert begin.in_tokens(other).train.tokens != tokens
+    assert not begin.is_complete(other)
+    assert begin.continued(other, tmp_path / "run", 1).train.tokens == tokens
 
 
 def test_patience_ends_a_run_which_is_then_complete_until_it_has_more(tmp_path, capsys):
