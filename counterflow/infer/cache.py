@@ -43,7 +43,7 @@ class Group:
     positions: Int[Tensor, "B S"]
     """Of the padded queries; 0 where there is none."""
     blocks: Int[Tensor, "B _"]
-    """Blocks of each sequence up to the longest, the short ones' filled up with any."""
+    """Blocks of each sequence, as far as the longest reaches at least, filled up with any."""
     keys: int
     """Positions of the longest sequence."""
     is_full: bool
@@ -189,8 +189,12 @@ class Cache:
         needed = -(-keys // self.size)
         places = [b * longest + s for b, length in enumerate(lengths) for s in range(length)]
         positions = [[*range(e.start, e.end), *[0] * (longest - (e.end - e.start))] for e in extents]
-        blocks = [(extent.blocks + [0] * needed)[:needed] for extent in extents]
         device = self.entries.device
+        if (
+            device.type == "cuda" and self.entries.dtype == torch.bfloat16
+        ):  # as even passes: few kernels are met
+            needed = rung(needed)
+        blocks = [(extent.blocks + [0] * needed)[:needed] for extent in extents]
         return Group(
             slice(first, first + sum(lengths)),
             torch.tensor(places, device=device),
@@ -203,4 +207,5 @@ class Cache:
     def seen(self, layer: int, group: Group) -> Float[Tensor, "B S C"]:
         """Entries of the group's sequences from position 0 on, as far as the longest reaches."""
         paged = self.entries[layer].view(-1, self.size, self.width)
-        return paged[group.blocks].flatten(1, 2)[:, : group.keys]
+        needed = -(-group.keys // self.size)
+        return paged[group.blocks[:, :needed]].flatten(1, 2)[:, : group.keys]

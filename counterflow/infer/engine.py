@@ -141,14 +141,16 @@ class Engine:
 
     def recordings(self, sequences: Items[int], greedy: Items[bool]) -> list[Callable[[], None]]:
         """What records the graphs of decoding beforehand, one by one: for so many sequences, their powers of two, and
-        for texts of the likeliest tokens, for drawn ones, or both. Empty where passes are not recorded."""
+        for texts of the likeliest tokens, for drawn ones, or both; and what compiles the kernels of passes that are not
+        recorded. Empty where none is."""
         drafts, passes = self.depth.deepest, self.runner.passes
         sizes = sorted({power_of_two(count) for count in sequences})
-        return [
+        recordings = [
             one
             for size, choose in product(sizes, greedy)
             for one in passes.recordings(size, drafts, self.modules, choose)
         ]
+        return recordings + passes.compilations()
 
     def abort(self, sequence: Sequence) -> None:
         """End a sequence now; nothing more is heard of it."""

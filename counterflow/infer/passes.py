@@ -123,9 +123,7 @@ class Passes:
         made: list[Callable[[], None]] = []
         if not self.graphs:
             return made
-        blocks, most = [LEAST_BLOCKS], -(-len(self.cache.rope) // self.cache.size)
-        while blocks[-1] < most:
-            blocks.append(blocks[-1] * RUNG)
+        blocks = self._rungs()
         for number, rows in product(blocks, range(1, drafts + 2)):
             made.append(partial(self._record, 0, Bucket(sequences, rows, number), choose))
         for depth, number in product(range(modules), blocks):
@@ -134,6 +132,29 @@ class Passes:
                 partial(self._record, 1 + depth, Bucket(sequences, 1 << i, number), choose) for i in powers
             ]
         return made
+
+    def compilations(self) -> list[Callable[[], None]]:
+        """What compiles, one by one, the kernels of passes that are not recorded but meet few rows of a long text, as
+        those of modules that catch up do, if there are graphs."""
+        if not self.graphs:
+            return []
+        sizes = [1 << power for power in range(self.cache.size.bit_length())]
+        return [partial(self._plain, number, size) for number, size in product(self._rungs(), sizes)]
+
+    @torch.no_grad()
+    def _plain(self, blocks: int, rows: int) -> None:
+        """The trunk, not recorded, over the last rows of nobody's text that reaches through so many blocks."""
+        end = min(blocks * self.cache.size, len(self.cache.rope))
+        extent = Extent(max(0, end - rows), end, [self.cache.spare] * blocks)
+        laid = self.cache.rows([extent])
+        self._trunk(torch.zeros(len(laid), dtype=torch.long, device=self.drafted.device), laid)
+
+    def _rungs(self) -> list[int]:
+        """Blocks of all buckets."""
+        blocks, most = [LEAST_BLOCKS], -(-len(self.cache.rope) // self.cache.size)
+        while blocks[-1] < most:
+            blocks.append(blocks[-1] * RUNG)
+        return blocks
 
     @torch.no_grad()
     def _record(self, name: int, bucket: Bucket, choose: bool) -> None:

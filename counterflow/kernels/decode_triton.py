@@ -3,6 +3,9 @@
 A sequence's keys are split among programs, so that few long sequences fill the device as well as many short ones; a
 second small kernel joins the splits by their log-sum-exp. Where a tile's entries lie is looked up one tile ahead: an
 address that waits for a load of its own turn is not read ahead, and the kernel then waits for every tile.
+
+Triton compiles a kernel again where a number becomes 1 or a multiple of 16. Numbers that change from pass to pass are
+kept out of that: a text would wait for it while it is written, and the machine code would be no better.
 """
 
 import math
@@ -96,7 +99,7 @@ def _fold(q, qr, value, turned, seen, scale, best, total, mean):
     return higher, total * fade + tl.sum(p, 1), mean
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "queries", "stride", "splits"])
 @no_type_check
 def _split(
     query, entries, blocks, positions, part, lse,
@@ -139,7 +142,7 @@ def _split(
     tl.store(lse + place, tl.where(none, float("-inf"), best + tl.log2(total)), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 @no_type_check
 def _join(
     part, lse, out, rows, splits, latent: tl.constexpr, some: tl.constexpr, many: tl.constexpr

@@ -26,7 +26,7 @@ def rotate(x: Tensor, table: Tensor, keep: int, back: bool = False) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # or it is compiled again for lengths in multiples of 16
 @no_type_check
 def _rotate(
     x, table, out, length, heads, by_sequence, by_position, by_head,
