@@ -231,7 +231,8 @@ class Engine:
         if filled > sequence.filled:
             self.blocks.fill(blocks[sequence.filled : filled], modules)
             sequence.filled = filled
-        sequence.forget(LONGEST_WAIT)
+        # What one step reads may wait in any case: modules run over it in the next.
+        sequence.forget(max(LONGEST_WAIT, self.batch.max_rows + self.blocks.size))
 
     def _finish(self, sequence: Sequence, stream: TextStream) -> str | None:
         if stream.stopped:

@@ -19,7 +19,7 @@ from counterflow.infer.distribution import distribution
 from counterflow.infer.ranks import Ranks
 from counterflow.infer.request import Sequence, TokenLogprob
 from counterflow.infer.speculate import Drafter, greedy_verdict, verdict
-from counterflow.infer.states import rows_of, upload
+from counterflow.infer.states import Row, rows_of, upload
 
 
 @dataclass
@@ -65,7 +65,8 @@ class Runner:
         for work, start, result in zip(works, starts, made, strict=True):
             if work.sequence.sampling.prompt_logprobs and not work.sequence.made:
                 result.prompt_logprobs = self._prompt(work, h[start : start + work.rows])
-            advance(work.sequence, h, start, start + work.rows + max(0, len(result.tokens) - 1))
+        for work, (states, first), result in zip(works, _first_states(works, h, starts), made, strict=True):
+            advance(work.sequence, states, first, first + work.rows + max(0, len(result.tokens) - 1))
         steady = self.passes.unsteady == unsteady
         return Outcome(made, between(began, drafted), between(drafted, mark(device)), steady)
 
@@ -159,6 +160,21 @@ class Runner:
         following = work.sequence.tokens[work.sequence.cached + 1 : work.sequence.cached + work.rows + 1]
         logits = passes.logits_of(self.model, h[: len(following)])
         return logprobs(logits, following, work.sequence.sampling.logprobs or 0)
+
+
+def _first_states(works: list[Work], h: Float[Tensor, "T D"], starts: list[int]) -> list[Row]:
+    """Each work's first hidden state. In a pass over prompts those of texts that write are copied out: they may wait
+    for a module over a thousand steps, and would keep all the prompts' beside them."""
+    writing = [index for index, work in enumerate(works) if work.sequence.decoding and work.sequence.modules]
+    firsts: list[Row] = [(h, start) for start in starts]
+    if not writing or all(work.sequence.decoding for work in works):
+        return firsts
+    rows = [starts[i] + row for i in writing for row in range(works[i].rows + works[i].drafts)]
+    copied, first = h[upload(rows, h.device)], 0
+    for index in writing:
+        firsts[index] = copied, first
+        first += works[index].rows + works[index].drafts
+    return firsts
 
 
 def advance(sequence: Sequence, h: Float[Tensor, "T D"], start: int, end: int) -> None:

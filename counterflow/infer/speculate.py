@@ -58,6 +58,8 @@ class Drafter:
     def __init__(self, run: passes.Passes, modules: int, ranks: Ranks, rows: int) -> None:
         self.passes, self.modules, self.ranks, self.rows = run, modules, ranks, rows
         self.model, self.cache = run.model, run.cache
+        self.enough = min(run.cache.size, rows)
+        """Positions that modules catch up by, in a text that waits or is in its prompt."""
 
     def draft(self, sequences: Items[Sequence], wanted: list[int], uniforms: list[list[float]]) -> Chain:
         """`wanted` drafts for each sequence, none where it is 0; the modules of those and of prompts catch up.
@@ -85,12 +87,12 @@ class Drafter:
         return chain
 
     def _behind(self, sequence: Sequence, wanted: int) -> bool:
-        """Whether a whole block waits for some module, of a text that drafts or is in its prompt."""
-        size = self.cache.size
-        return (wanted > 0 or not sequence.decoding) and any(len(some) >= size for some in sequence.waiting)
+        """Whether enough waits for some module, of a text that drafts or is in its prompt."""
+        most = max(map(len, sequence.waiting), default=0)
+        return (wanted > 0 or not sequence.decoding) and most >= self.enough
 
     def _catch_up(self, chain: Chain) -> None:
-        """Modules over what waits for them, but for less than a block of each sequence's, `rows` at a time."""
+        """Modules over what waits for them, but for less than `enough` of each sequence's, `rows` at a time."""
         for depth in range(self.modules):
             spans = self._waiting(chain, depth)
             while self.ranks.most(len(spans)):
@@ -105,7 +107,7 @@ class Drafter:
                 continue
             last = wanted > 0  # the position that a chain begins at is left to it
             count = min(left, self._true(sequence, depth) - last - sequence.valid[depth])
-            if count >= self.cache.size:
+            if count >= self.enough:
                 end = sequence.valid[depth] + count
                 spans[index], left = (end, end), left - count
         return spans

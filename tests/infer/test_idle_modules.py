@@ -78,7 +78,8 @@ def test_without_drafts_no_module_runs_and_what_was_written_is_shared_with_texts
 
 def test_a_text_that_has_not_drafted_for_long_is_written_without(monkeypatch, passes_of_modules):
     monkeypatch.setattr(engines, "LONGEST_WAIT", 12)
-    engine, chosen = Engine(trained_model(), SETTINGS), chain([1] * 4, [0] * 14, cycle([3]))
+    settings = replace(SETTINGS, max_sequences=1, max_rows=4)
+    engine, chosen = Engine(trained_model(), settings), chain([1] * 4, [0] * 14, cycle([3]))
     monkeypatch.setattr(engine.depth, "choose", lambda _, limit: min(next(chosen), limit))
     (sequence,) = engine.add(prompts()[1], GREEDY)
     finish(engine)
@@ -88,3 +89,22 @@ def test_a_text_that_has_not_drafted_for_long_is_written_without(monkeypatch, pa
     expected = plain.add(prompts()[1], GREEDY)[0]
     finish(plain)
     assert sequence.tokens == expected.tokens
+
+
+def test_a_prompt_that_is_read_in_one_step_keeps_its_modules_however_long_it_is(monkeypatch):
+    monkeypatch.setattr(engines, "LONGEST_WAIT", 12)
+    engine = Engine(trained_model(), SETTINGS)
+    (sequence,) = engine.add(prompts()[2], Sampling(8, temperature=1.0, seed=0))
+    finish(engine)
+    assert sequence.modules == 3 and engine.statistics.drafted_turns > 0
+
+
+def test_what_waits_for_modules_keeps_no_prompt_of_another_text(monkeypatch):
+    engine = Engine(trained_model(), SETTINGS)
+    monkeypatch.setattr(engine.depth, "choose", lambda *_: 0)
+    (first,) = engine.add(prompts()[0], GREEDY)
+    for prompt in prompts()[1:]:
+        engine.step()
+        engine.add(prompt, GREEDY)
+    engine.step()
+    assert len(first.waiting[0]) == 4 and max(len(states) for states, _ in first.waiting[0]) <= 4

@@ -127,10 +127,11 @@ def test_requests_may_come_to_one_rank_while_the_others_have_none():
     assert first == second == [*late, *write_alone([late], [replace(GREEDY, max_tokens=4)], SETTINGS)[0]]
 
 
-@pytest.mark.parametrize("modules", [1, 3])
-def test_no_pass_runs_over_more_rows_than_backends_make_room_for(modules, monkeypatch):
-    """Modules run over what waited while nothing was drafted: more than a step's positions, no more than is said."""
-    settings = EngineSettings(max_sequences=4, max_rows=24, block_size=8, drafts=3, modules=modules)
+@pytest.mark.parametrize(("modules", "size"), [(1, 8), (3, 8), (1, 32)])
+def test_no_pass_runs_over_more_rows_than_backends_make_room_for(modules, size, monkeypatch):
+    """Modules run over what waited while nothing was drafted: more than a step's positions, no more than is said,
+    also where a block has more positions than a step."""
+    settings = EngineSettings(max_sequences=4, max_rows=16, block_size=size, drafts=3, modules=modules)
     engine, dice, seen = Engine(trained_model(), settings), random.Random(0), []
     run = engine.runner.passes._run
 
