@@ -1,5 +1,6 @@
 """A model that a verb was told to use: read in the precision it runs in, on its device, and what was chosen said."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,15 @@ def settings_of(max_sequences: int, drafts: int, **others: float) -> "EngineSett
     return EngineSettings(max_sequences, drafts=drafts, adapt=drafts == ALL, **others)
 
 
+def say_unpacked(folder: Path, precision: str) -> None:
+    """One line where an exported folder's weights are FP8: nothing multiplies them as they are."""
+    from counterflow.convert.folder import CONFIG
+
+    if "quantization_config" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
+        times = {"bf16": "twice", "fp32": "four times"}[precision]
+        print(f"Its weights are FP8 and run unpacked to {precision}: {times} the memory.", file=sys.stderr)
+
+
 def loaded(
     folder: Path, averaged: bool, precision: str, mesh: "Mesh", settings: "EngineSettings | None" = None
 ) -> "tuple[Transformer, Tokenizer]":
@@ -50,8 +60,11 @@ def loaded(
     """
     from counterflow.infer.engine import EngineSettings
     from counterflow.infer.place import placed
+    from counterflow.train.folder import is_exported
     from counterflow.train.restore import model_of
 
     chosen = precision_on(mesh, precision)
     model, tokenizer = model_of(folder, averaged, chosen, mesh)
+    if mesh.first and is_exported(folder):
+        say_unpacked(folder, chosen)
     return placed(model, mesh.device.type, chosen, settings or EngineSettings()), tokenizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from socket import socket
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -71,6 +72,7 @@ def run(arguments: Sequence[str]) -> int:
     """Serve until told to stop; 0 then."""
     shown = Annotated[Serve, tyro.conf.FlagCreatePairsOff]
     wish = tyro.cli(shown, prog="counterflow serve", args=arguments, use_underscores=True)
+    began = perf_counter()
     from counterflow.train.folder import require_model
 
     require_model(wish.run)
@@ -81,16 +83,18 @@ def run(arguments: Sequence[str]) -> int:
 
     # Their agent kills ranks that outlive a signal by so much; the first ends texts under way and then the others.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(wish.grace_s + CLOSING_S))
-    code = on_ranks(wish.ranks, wish.device, ["serve", *arguments], lambda mesh: serve(wish, mesh))
+    code = on_ranks(wish.ranks, wish.device, ["serve", *arguments], lambda mesh: serve(wish, mesh, began))
     return 0 if code in TOLD_TO_STOP else code
 
 
-def serve(wish: Serve, mesh: "Mesh") -> None:
-    """Load the run; the first of `mesh`'s ranks says where it is served and serves, the others write with it."""
+def serve(wish: Serve, mesh: "Mesh", began: float) -> None:
+    """Load the run; the first of `mesh`'s ranks says where it is served and serves, the others write with it. `began`
+    is when the command did."""
     from counterflow.interrupt import stop_signals
     from counterflow.serve.app import Service
     from counterflow.serve.links import connect, follow
     from counterflow.serve.listen import listening, server
+    from counterflow.serve.metrics import Metrics
     from counterflow.train.folder import folder_of
 
     listen = listening_of(wish)
@@ -109,7 +113,9 @@ def serve(wish: Serve, mesh: "Mesh") -> None:
         if not mesh.first:
             follow(engine, links[0])
             return
-        service = Service(engine, tokenizer, wish.name or folder.resolve().name, wish.max_queue, links)
+        metrics = Metrics(perf_counter() - began)
+        name = wish.name or folder.resolve().name
+        service = Service(engine, tokenizer, name, wish.max_queue, links, metrics=metrics)
         web, port = server(service, listen), taken[0].getsockname()[1]
         print(f"Serving '{service.name}' on http://{wish.host}:{port} (Ctrl-C stops it).", flush=True)
         web.run(sockets=taken)
@@ -126,7 +132,7 @@ def say_stopping(grace_s: int, mesh: "Mesh") -> Callable[[], object]:
 def made_ready(engine: "Engine", mesh: "Mesh") -> None:
     """Compile and record before anyone waits for it, with a line that says how far it is.
 
-    Prompts of an even and an odd length, since kernels are compiled for both.
+    Prompts of an even and an odd length, since libraries take other kernels for either.
     """
     from counterflow.infer.request import Sampling
     from counterflow.progress import watched

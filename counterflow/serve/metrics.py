@@ -34,7 +34,9 @@ class Histogram:
 class Metrics:
     """The server's own counts; requests by path and status, and how long they took."""
 
-    def __init__(self) -> None:
+    def __init__(self, loading_s: float = 0.0) -> None:
+        self.loading_s = loading_s
+        """From the command until the server could listen."""
         self.requests: Counter[tuple[str, int]] = Counter()
         self.request_s, self.first_token_s = Histogram(), Histogram()
 
@@ -46,7 +48,8 @@ class Metrics:
         for name, histogram in (("request", self.request_s), ("first_token", self.first_token_s)):
             lines.append(f"# TYPE counterflow_{name}_seconds histogram")
             lines += histogram.lines(f"counterflow_{name}_seconds")
-        lines += ["# TYPE counterflow_texts_under_way gauge", f"counterflow_texts_under_way {under_way}"]
+        for name, value in (("loading_seconds", self.loading_s), ("texts_under_way", under_way)):
+            lines += [f"# TYPE counterflow_{name} gauge", f"counterflow_{name} {value}"]
         lines += _by_rank("gauge", [_gauges(each) for each in numbers])
         lines += _by_rank("counter", [_sums(each) for each in numbers])
         return "\n".join(lines) + "\n"

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from counterflow.cli.loading import loaded
+from counterflow.comm.mesh import Mesh
 from counterflow.convert import fp8
 from counterflow.convert.export import CONFIG, Form, export
 from counterflow.convert.load import load_folder
@@ -97,6 +99,14 @@ def test_fp8_blocks_stay_within_the_formats_step(tmp_path, tokenizer):
         else:
             assert torch.equal(back[name], value.bfloat16().float()), name
     assert changed > 100
+
+
+def test_a_folder_in_fp8_says_what_its_weights_become_and_another_nothing(tmp_path, model, tokenizer, capsys):
+    for form in ("fp8", "bf16"):
+        export(model, tokenizer, tmp_path / form, Form(form))
+        loaded(tmp_path / form, False, "fp32", Mesh())
+    said = capsys.readouterr().err
+    assert said == "Its weights are FP8 and run unpacked to fp32: four times the memory.\n"
 
 
 def test_fp8_zeros_and_large_values_survive():

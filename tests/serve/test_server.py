@@ -241,6 +241,7 @@ def test_metrics_and_page(toy):
     status, text = toy.ask("/metrics")
     lines = dict(line.rsplit(" ", 1) for line in text.decode().splitlines() if not line.startswith("#"))
     assert status == 200 and float(lines['counterflow_tokens_total{rank="0"}']) >= 3
+    assert lines["counterflow_loading_seconds"] == "0.0"
     assert float(lines['counterflow_http_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert (
         lines["counterflow_request_seconds_count"] == lines['counterflow_request_seconds_bucket{le="+Inf"}']
