@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from counterflow.comm.mesh import Mesh
 from counterflow.errors import CheckpointError
 from counterflow.train import manifest
-from counterflow.train.files import PieceWriter
+from counterflow.train.files import PieceWriter, system_error
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
 WRITING, REMOVING = ".writing", ".removing"
@@ -170,7 +170,7 @@ def _remove(path: Path) -> None:
 
 def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:
     """One sentence from whatever the writing raised, with the operating system's cause dug out."""
-    cause = _os_error(error)
+    cause = system_error(error)
     why = (
         CAUSES.get(cause.errno or 0, cause.strerror or str(cause))
         if cause
@@ -178,22 +178,6 @@ def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:
     )
     kept = f"Saved before and untouched: step {older[-1]}." if older else "No earlier checkpoint was there."
     return f"the checkpoint {path} could not be written; {why}. {kept}"
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind one, looked for in causes and in DCP's per-rank failures."""
-    seen: list[BaseException | None] = [error]
-    while seen:
-        one = seen.pop()
-        if isinstance(one, OSError):
-            return one
-        if isinstance(one, CheckpointException):
-            seen += [
-                failure[0] if isinstance(failure, tuple) else failure for failure in one.failures.values()
-            ]
-        if one is not None:
-            seen += [one.__cause__, one.__context__]
-    return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -91,7 +92,7 @@ class PieceWriter(FileSystemWriter):
         for thread in threads:
             thread.join()
         if errors:
-            raise errors[0]
+            raise system_error(errors[0]) or errors[0]  # what lies behind an error does not reach other ranks
         done: Future[list[WriteResult]] = Future()
         done.set_result(written)
         return done
@@ -110,3 +111,19 @@ def split(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
 def _elements(item: WriteItem) -> int:
     assert item.tensor_data is not None, "a checkpoint is made of tensors"
     return item.tensor_data.chunk.sizes.numel()
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind one, looked for in causes and in DCP's per-rank failures."""
+    seen: list[BaseException | None] = [error]
+    while seen:
+        one = seen.pop()
+        if isinstance(one, OSError):
+            return one
+        if isinstance(one, CheckpointException):
+            seen += [
+                failure[0] if isinstance(failure, tuple) else failure for failure in one.failures.values()
+            ]
+        if one is not None:
+            seen += [one.__cause__, one.__context__]
+    return None

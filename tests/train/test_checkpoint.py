@@ -14,8 +14,8 @@ import torch
 
 from counterflow.errors import CheckpointError
 from counterflow.train.behind import Behind, free_memory
-from counterflow.train.checkpoint import WRITING, Checkpoints, _os_error
-from counterflow.train.files import SummedFiles
+from counterflow.train.checkpoint import WRITING, Checkpoints
+from counterflow.train.files import SummedFiles, system_error
 from counterflow.train.manifest import MANIFEST
 from counterflow.train.piece import Piece
 from tests import processes
@@ -142,7 +142,7 @@ def test_the_systems_error_is_found_behind_others():
     try:
         raise RuntimeError("writer failed") from inner
     except RuntimeError as error:
-        assert _os_error(error) is inner
+        assert system_error(error) is inner
 
 
 def test_a_copy_is_of_one_moment_and_the_next_save_waits(tmp_path):
