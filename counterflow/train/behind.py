@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from counterflow.errors import CheckpointError
+from counterflow.interrupt import end_now
 from counterflow.train.checkpoint import Checkpoints, quiet
 from counterflow.train.piece import Piece
 from counterflow.units import bytes_
@@ -61,7 +62,9 @@ class Behind:
                 if kind is None:
                     self.wait()
                 elif self._thread is not None and issubclass(kind, Exception):
-                    self._thread.join(CLOSING_S)  # a second Ctrl-C, which is no Exception, does not wait
+                    self._thread.join(CLOSING_S)
+                elif self._thread is not None and self._thread.is_alive():  # a second Ctrl-C does not wait
+                    end_now()  # an interpreter that ends while a thread is in torch's code crashes
             finally:
                 if self._copy is not None and not (self._thread and self._thread.is_alive()):
                     self._copy.close()
