@@ -170,10 +170,11 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mappin
     reports = first and trainer.run.keep.report
     try:
         stopped, took = run_steps(trainer, folder, checkpoints, state)
-    except CounterflowError:
-        if reports:
-            with suppress(OSError):  # the disk may be what failed, and its error is the one to be seen
-                write_report(folder)
+    except CounterflowError as error:
+        if error.shared:  # the others stay until then: an agent that sees one gone would end the first
+            trainer.mesh.first_does(lambda: last_page(trainer, folder))
+        elif first:
+            last_page(trainer, folder)
         raise
     if first:
         early = "" if trainer.sample >= trainer.total else EARLY.format(trainer.run.train.patience)
@@ -185,6 +186,13 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mappin
         with Progress("writing the page"):
             write_report(folder)
     return 128 + stopped if stopped else 0
+
+
+def last_page(trainer: Trainer, folder: Path) -> None:
+    """The page of a run that failed; the disk may be what failed, and its error is the one to be seen."""
+    if trainer.run.keep.report:
+        with suppress(OSError):
+            write_report(folder)
 
 
 def run_steps(

@@ -207,11 +207,13 @@ class Trainer:
         """Stop before the update if a loss or the gradient is NaN or infinite; nothing has been changed yet."""
         if torch.isfinite(totals.nll).all() and norm < float("inf"):
             return
-        raise NonFiniteError(
+        error = NonFiniteError(
             f"step {self.steps + 1}: {self.blame(norm)}. The checkpoints written so far are untouched. Try a lower "
             f"train.lr.peak (now {self.run.train.lr.peak:g}), a longer train.lr.warmup, a smaller train.clip_norm or "
             "train.precision=fp32, and resume."
         )
+        error.shared = True  # the sums are the same on all ranks
+        raise error
 
     def blame(self, norm: float) -> str:
         """The first place, over all ranks, that is not finite."""

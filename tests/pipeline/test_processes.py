@@ -156,6 +156,15 @@ def test_a_killed_rank_ends_all_with_one_message_or_starts_them_again(tmp_path, 
     assert kept.steps() and load_run(str(tmp_path / "run" / "run.toml")).train.tokens == 5120
 
 
+def test_an_error_of_all_ranks_is_said_once_and_the_page_is_whole(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / CHECKPOINTS).touch()
+    done = processes.run(command(tmp_path, "run", "parallel.pipeline=2", "keep.report=true"))
+    assert done.returncode == 2 and done.stderr.count("counterflow:") == 1, done.stderr
+    assert "a file stands where a folder must be" in done.stderr
+    assert (tmp_path / "run" / "picture.png").is_file(), "written after the page"
+
+
 def children(pid: int) -> list[int]:
     """Processes of a parent, oldest first, that are ranks: each has a session of its own."""
     found = []
