@@ -57,16 +57,21 @@ class Behind:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
         with self._stack:
             try:
                 if kind is None:
                     self.wait()
-                elif self._thread is not None and issubclass(kind, Exception):
+                elif self._thread is not None and not interrupted:
                     self._thread.join(CLOSING_S)
-                elif self._thread is not None and self._thread.is_alive():  # a second Ctrl-C does not wait
-                    end_now()  # an interpreter that ends while a thread is in torch's code crashes
+            except KeyboardInterrupt:
+                interrupted = True
+                raise
             finally:
-                if self._copy is not None and not (self._thread and self._thread.is_alive()):
+                writing = self._thread is not None and self._thread.is_alive()
+                if writing and interrupted:  # Python's own end crashes while a thread is in torch's code
+                    end_now()
+                if self._copy is not None and not writing:
                     self._copy.close()
 
     def save(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from subprocess import PIPE
 
@@ -186,6 +187,26 @@ def test_a_writers_error_is_raised_when_training_next_asks_and_nothing_is_lost(t
     with Behind(kept, True, print) as saver:
         saver.save(2, pieces, {})
     assert kept.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_ctrl_c_ends_the_process_without_what_is_being_written(tmp_path, monkeypatch, at_the_end):
+    """At once: Python's own end crashed beside a thread in torch's code."""
+    held, ended = threading.Event(), []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "write", lambda *_: held.wait(60))
+    monkeypatch.setattr("counterflow.train.behind.end_now", lambda: ended.append(True))
+    with pytest.raises(KeyboardInterrupt), Behind(Checkpoints(tmp_path, keep=1), True, print) as saver:
+        saver.save(1, pieces_of(tensors()), {})
+        if at_the_end:
+            monkeypatch.setattr(saver, "wait", interrupted)
+        else:
+            interrupted()
+    held.set()
+    assert ended
 
 
 def test_where_memory_is_short_training_waits_and_it_is_said_once(tmp_path, monkeypatch):
