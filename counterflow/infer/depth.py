@@ -92,12 +92,13 @@ class Depth:
         return self._size(sequences).current if self.adapt and self.deepest else self.deepest
 
     def needed(self, sequences: int) -> int:
-        """Drafts that texts which begin now should be ready for: the best depth, or that of a trial that is due."""
+        """Drafts that texts which begin now should be ready for: the best depth, that of a trial that is due, or of a
+        new batch size the deepest."""
         if not self.adapt or not self.deepest:
             return self.deepest
         size = self._size(sequences)
         due = size.trial if size.trial is not None else self._due(size, self.deepest)
-        return max(size.current, due or 0)
+        return max(size.current, due or 0, *size.untried)
 
     def record(self, sequences: int, depth: int, seconds: float, steady: bool = True) -> None:
         """A step in which all sequences wrote, each with `depth` drafts; `steady` if it did nothing else."""

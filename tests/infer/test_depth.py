@@ -82,6 +82,15 @@ def test_another_batch_size_has_its_own_depth():
     assert depth.needed(32) <= depth.needed(1) == 2
 
 
+def test_texts_of_a_new_batch_size_are_ready_for_every_depth_that_is_to_be_tried():
+    """Also where the size next to it drafts nothing, whose depth is tried first."""
+    depth, dice = Depth(1, True), random.Random(0)
+    written(depth, 8, [1, 1.9], [0.3], 100, dice)
+    assert depth.best(8) == 0 and depth.needed(32) == 1
+    written(depth, 32, [1, 1.2], [0.9], 100, dice)
+    assert depth.best(32) == 1
+
+
 def test_a_change_of_times_or_of_texts_is_found():
     depth, dice = Depth(1, True), random.Random(0)
     written(depth, 1, [1, 1.5], [0.1], 200, dice)
