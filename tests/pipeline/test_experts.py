@@ -28,11 +28,11 @@ def test_losses_gradients_and_routing_are_the_plain_loops(layout):
     assert 0 < compare(layout, small_model(stages, 1).double()) < 1e-10
 
 
-@pytest.mark.parametrize("dispatch", ["nvlink", "copy_engine"])
-def test_our_kernels_carry_a_step_of_dualpipe(dispatch):
+@pytest.mark.parametrize("dispatch, depth", [("nvlink", 0), ("copy_engine", 1)])
+def test_our_kernels_carry_a_step_of_dualpipe(dispatch, depth):
     """In Triton's interpreter, some milliseconds a row; their gates travel as fp32."""
     layout = Layout("dualpipe", 2, 4, 2, expert=2, dispatch=dispatch, length=3)
-    assert 0 < compare(layout, small_model(SCHEDULES["dualpipe"](2, 8).stages, 0).double()) < 1e-6
+    assert 0 < compare(layout, small_model(SCHEDULES["dualpipe"](2, 8).stages, depth).double()) < 1e-6
 
 
 def test_drawn_layouts_share_experts():
