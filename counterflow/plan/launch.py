@@ -79,7 +79,9 @@ def configured(run: RunConfig, layout: Layout, precision: str, hardware: Hardwar
         **_dispatch(run.parallel, layout, hardware),
     )
     recompute = TRAINED_AS.get(layout.recompute, layout.recompute)
-    train = replace(run.train, micro_batch_size=layout.micro_batch, recompute=recompute, precision=precision)
+    # What was planned is a number of tokens: a bound in minutes would end the run before them.
+    train = replace(run.train, micro_batch_size=layout.micro_batch, recompute=recompute, minutes=0.0)
+    train = replace(train, precision=precision)
     return replace(run, parallel=spread, train=replace(train, batch_start=_start(train, spread)))
 
 

@@ -37,7 +37,7 @@ def test_the_best_layouts_of_a_search_are_runs(name, card, gpus, pins, overrides
         read = load_run(str(tmp_path / "run.toml"))
         require_layout(read)
         parallel = read.parallel
-        assert parallel.processes == gpus
+        assert parallel.processes == gpus and (read.train.minutes, read.train.tokens) == (0, run.train.tokens)
         assert (parallel.pipeline, parallel.data, parallel.expert) == (
             layout.pipeline,
             layout.data,
