@@ -2,8 +2,8 @@
 
 The bias picks and the score weighs: experts are chosen by score + bias, under a limit of groups per token,
 and the gates are made of the scores alone, so that balancing load does not bend the output. Losing groups are
-masked with −inf, not with 0: a kept expert whose biased score is negative must still win over a masked one
-(transformers masks with 0 there, and so chooses differently once biases fall below −score).
+masked with −inf, not with 0: a kept expert whose biased score is negative must still win over a masked one.
+transformers masks with −inf too.
 """
 
 import torch

@@ -2,15 +2,22 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from counterflow.config.model import Yarn
 from counterflow.config.models import MODELS
-from counterflow.config.released import from_released, read_released, to_released
+from counterflow.config.released import from_released, read_json, read_released, scales_of, to_released
 from counterflow.errors import ConfigError
+from counterflow.plan.count import count_parameters
 
 pytestmark = pytest.mark.pure
+
+SPAN = {"original_max_position_embeddings": 4096}
+YARN = {"type": "yarn", "factor": 8, **SPAN}
+CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 
 
 def kept(model):
@@ -56,11 +63,24 @@ def test_the_defaults_of_transformers_are_the_671b():
         ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers in the released config is 'one'"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn' in the released config; it must be a table"),
         ({"rope_scaling": {"type": "linear"}}, "'yarn' or none is known here"),
-        ({"rope_scaling": {"type": "yarn", "factor": "x"}}, "factor in the released config is 'x'"),
+        ({"rope_scaling": {"type": "yarn", "factor": "x", **SPAN}}, "factor in the released config is 'x'"),
         ({"scoring_func": "softmax"}, "scoring_func is 'softmax'"),
         ({"topk_method": "greedy"}, "the checkpoint is of another model"),
         ({"num_key_value_heads": 1}, "num_key_value_heads is 1"),
         ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"rope_interleave": False}, "rope_interleave is False"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"sliding_window": 4096}, "sliding_window is 4096 in the released config; it is not known here"),
+        ({"index_topk": 0}, "index_topk is 0"),
+        ({"qk_head_dim": 1}, "qk_head_dim is 1 in the released config; this architecture has 64, as qk_nope"),
+        ({"rope_parameters": {"rope_theta": 5e4}}, "rope_theta is 10000.0 and 50000.0"),
+        ({"rope_scaling": {"type": "yarn", **SPAN}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "yarn", "factor": None, **SPAN}}, "lacks 'factor'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 8}}, "lacks 'original_max_position_embeddings'"),
+        ({"rope_scaling": YARN | {"attention_factor": 1.0}}, "attention_factor is 1.0"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate is False"),
+        ({"rope_scaling": YARN | {"short_factor": [1.0]}}, "rope_scaling.short_factor is [1.0]"),
     ],
 )
 def test_what_a_file_may_hold_wrong_is_one_error(change, says):
@@ -73,8 +93,64 @@ def test_what_a_file_may_hold_wrong_is_one_error(change, says):
     assert says in str(raised.value)
 
 
+def test_yarn_is_the_reference_codes_where_a_file_leaves_its_numbers_out():
+    """DeepSeek's own modeling file and transformers: the logits' growth is in the rotary table alone."""
+    plain = from_released(to_released(MODELS["tiny"]) | {"rope_scaling": YARN}).yarn
+    assert plain == Yarn(8.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=0.0)
+
+
+def test_a_null_counts_as_not_given_and_what_changes_nothing_is_read_past():
+    tiny = to_released(MODELS["tiny"])
+    nulls = dict.fromkeys(("attention_bias", "rope_interleave", "num_key_value_heads", "rope_parameters"))
+    nulls |= dict.fromkeys(("quantization_config", "sliding_window", "eos_token_id", "initializer_range"))
+    others = {"_attn_implementation": "eager", "torch_dtype": "float16", "pretraining_tp": 1, "head_dim": 7}
+    expected = dataclasses.replace(MODELS["tiny"], initializer_std=0.006)
+    assert kept(from_released(tiny | nulls | others)) == kept(expected)
+    assert scales_of(tiny | nulls) is None
+    without = from_released(tiny | {"n_shared_experts": None, "n_group": None, "topk_group": None})
+    assert (without.num_shared_experts, without.num_groups, without.num_limited_groups) == (0, 1, 1)
+
+
 @pytest.mark.parametrize(
-    ("text", "says"), [("{", "is not JSON"), ("[]", "no JSON object"), (None, "cannot be read")]
+    ("name", "yarn", "scales", "sizes"),
+    [
+        ("deepseek-r1", Yarn(), "numbers", (671, 11.5)),
+        ("deepseek-v3.1", Yarn(), "exponents", (671, 11.5)),
+        ("moonlight-16b-a3b", None, None, (16.0, 0)),
+        ("kimi-k2", Yarn(64.0, beta_fast=1.0), "numbers", (1026, 0)),
+    ],
+)
+def test_published_configurations_are_models_of_their_published_sizes(name, yarn, scales, sizes):
+    released = read_json(CONFIGS / f"{name}.json")
+    model = from_released(released)
+    counted = count_parameters(model)
+    assert (counted.total / 1e9, counted.mtp / 1e9) == pytest.approx(sizes, rel=0.01)
+    assert (model.yarn, scales_of(released)) == (yarn, scales)
+    assert kept(from_released(to_released(model))) == kept(model)
+
+
+@pytest.mark.parametrize(
+    ("packing", "says"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantization_config.quant_method is 'gptq'"),
+        ({"weight_block_size": [1, 128]}, "weight_block_size is [1, 128]"),
+        ({"scale_fmt": ["ue8m0"]}, "scale_fmt is ['ue8m0']"),
+        ({"config_groups": {}}, "quantization_config.config_groups is {}"),
+    ],
+)
+def test_weights_packed_in_another_form_are_refused(packing, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        scales_of({"quantization_config": packing})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 100_000, "is not JSON"),
+        ("{", "is not JSON"),
+        ("[]", "no JSON object"),
+        (None, "cannot be read"),
+    ],
 )
 def test_an_unreadable_file_is_one_error(tmp_path, text, says):
     path = tmp_path / "config.json"
