@@ -4,13 +4,16 @@
 
 Nothing but the command line is used. `generate --stats` runs with cold kernel caches once and then with warm ones, with
 the default and each number of drafts; a server runs with each of them too, and as many texts as the batch has are asked
-for at once, `repeats` times, over plain HTTP, streamed, greedy, the same prompts for all. A request's rate counts from
+for at once, `repeats` times, by openai's client, streamed, greedy, the same prompts for all. The clients share few
+processes, so that reading 8,000 pieces a second does not become what is measured. A request's rate counts from
 its 64th token to its last, over all texts of the batch: what comes after the choice of drafts has been made. The first
 repeat at each batch is a text as any other. What is measured is written after every part.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,10 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ SETTLED = 64
 """Tokens of a text after which rates are taken."""
 PROMPT = "def __init__(self, name, size={}):\n"
 DEFAULT = -1
+CLIENTS = max(1, min(8, (os.cpu_count() or 1) // 2))
+"""Processes that ask."""
 COMMAND = (sys.executable, "-m", "counterflow")
 
 
@@ -97,30 +102,41 @@ def serving(run: str, drafts: int) -> Iterator[tuple[str, float]]:
 
 
 def stamps(address: str, number: int, tokens: int) -> list[tuple[float, int]]:
-    """When each piece of one text came, and its tokens, by the stream's log-probabilities, which name each token."""
-    body = {"model": "model", "prompt": PROMPT.format(number), "max_tokens": tokens, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
+    """When each piece of one text came, and how many tokens of it had come by then."""
+    from openai import OpenAI
+
     found, total = [], 0
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        for line in answer:
-            if line.startswith(b"data: {"):
-                piece = json.loads(line[6:])
-                if piece["usage"]:
-                    total = piece["usage"]["completion_tokens"]
-                else:
-                    found.append(time.perf_counter())
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        pieces = client.completions.create(
+            model="model",
+            prompt=PROMPT.format(number),
+            max_tokens=tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        for piece in pieces:
+            if piece.usage:
+                total = piece.usage.completion_tokens
+            else:
+                found.append(time.perf_counter())
     # A step gives several tokens in one piece; the first piece is one token, and the others are alike in the mean.
     share = (total - 1) / max(1, len(found) - 1)
     return [(moment, round(1 + share * index)) for index, moment in enumerate(found)]
 
 
-def batch(address: str, size: int, tokens: int) -> dict[str, Any]:
+def several(address: str, numbers: list[int], tokens: int) -> list[list[tuple[float, int]]]:
+    """`stamps` of several texts at once, in this process."""
+    with ThreadPoolExecutor(max(1, len(numbers))) as pool:
+        return list(pool.map(lambda number: stamps(address, number, tokens), numbers))
+
+
+def batch(pool: ProcessPoolExecutor, address: str, size: int, tokens: int) -> dict[str, Any]:
     """One batch of texts at once: tokens a second from each one's `SETTLED`-th to the first end of any."""
     began = time.perf_counter()
-    with ThreadPoolExecutor(size) as pool:
-        texts = list(pool.map(lambda number: stamps(address, number, tokens), range(size)))
+    shares = [list(range(size))[client::CLIENTS] for client in range(min(CLIENTS, size))]
+    asked = [pool.submit(several, address, share, tokens) for share in shares]
+    texts = [text for one in asked for text in one.result()]
     whole = time.perf_counter() - began
     start = max(next((moment for moment, count in text if count >= SETTLED), text[-1][0]) for text in texts)
     end = min(text[-1][0] for text in texts)
@@ -180,14 +196,15 @@ def main() -> None:
             if not late():
                 found["generate"].append(generated(wish.run, drafts, wish.tokens) | {"caches": "own"})
     keep()
-    for drafts in [DEFAULT, *wish.depths] if "serve" in wish.parts else []:
-        if late():
-            break
-        with serving(wish.run, drafts) as (address, ready_s):
-            found["ready_s"][_name(drafts)] = ready_s
-            for size in wish.batches:
-                for repeat in range(wish.repeats):
-                    row = batch(address, size, wish.tokens)
+    with ProcessPoolExecutor(CLIENTS, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(import_module, ["openai"] * CLIENTS))
+        for drafts in [DEFAULT, *wish.depths] if "serve" in wish.parts else []:
+            if late():
+                break
+            with serving(wish.run, drafts) as (address, ready_s):
+                found["ready_s"][_name(drafts)] = ready_s
+                for size, repeat in itertools.product(wish.batches, range(wish.repeats)):
+                    row = batch(pool, address, size, wish.tokens)
                     found["serve"].append({"drafts": drafts, "repeat": repeat, **row})
                     keep()
     print(table(found))

@@ -5,11 +5,14 @@ stays, and so does room for the `^C` that a terminal writes behind it. Not taken
 left at 80 columns, and one bar each for tokenising, training and the rest, which looked and counted differently.
 """
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TextIO, TypeVar
 
 from counterflow.units import seconds
@@ -131,9 +134,19 @@ class Progress:
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(text, markup=False, highlight=False)
         elif self._shown:
-            print(text, file=self._file, flush=True)
+            say(text, self._file)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print lines; those too long for a terminal are broken between words."""
+    file = file or sys.stdout
+    if file.isatty():
+        width = shutil.get_terminal_size().columns
+        fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
+    print(text, file=file, flush=True)
 
 
 def watched(

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from counterflow import progress
-from counterflow.progress import Progress, Work, sized, watched
+from counterflow.progress import Progress, Work, say, sized, watched
 from counterflow.units import bytes_, count
 
 pytestmark = pytest.mark.pure
@@ -93,6 +93,22 @@ def test_a_terminal_is_drawn_on_and_nothing_is_read_as_markup(monkeypatch):
         work.update(16, "step 2/2")
     shown = file.getvalue()
     assert "training [x]" in shown and "held-out [bits] 1.5\n" in shown and "step 2/2" in shown
+
+
+def test_long_lines_break_between_words_on_a_terminal_alone(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    text = (
+        "two\nlines of which the second is longer than forty columns: /a/path-that/has-no-space/and-is-longer"
+    )
+    terminal, file = Terminal(), io.StringIO()
+    say(text, terminal), say(text, file)
+    assert file.getvalue() == text + "\n"
+    lines = terminal.getvalue().splitlines()
+    assert (
+        " ".join(lines).split() == text.split()
+        and all(len(line) <= 40 for line in lines[:-1])
+        and len(lines) == 4
+    )
 
 
 def test_items_come_through_counted(monkeypatch, capsys):

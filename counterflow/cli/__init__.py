@@ -12,6 +12,7 @@ from keyword import iskeyword
 
 from counterflow.errors import ConfigError, CounterflowError, nearest
 from counterflow.interrupt import INTERRUPTED, ends_at_once, say_interrupted
+from counterflow.progress import say
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
@@ -52,7 +53,7 @@ def _answered(words: list[str]) -> int:
     try:
         return _call(words)
     except CounterflowError as error:
-        print(f"counterflow: {error}", file=sys.stderr)
+        say(f"counterflow: {error}", sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         say_interrupted()

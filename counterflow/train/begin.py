@@ -22,6 +22,7 @@ from counterflow.data.tokenizer import require_tokenizer
 from counterflow.errors import CheckpointError, ConfigError, installing
 from counterflow.plan.count import count_parameters
 from counterflow.plan.layout import require_layout
+from counterflow.progress import say
 from counterflow.train import lr
 from counterflow.train.folder import CHECKPOINTS, REPORT, RUN_TOML, run_config
 from counterflow.train.lr import Grain
@@ -152,7 +153,7 @@ def say_complete(folder: Path, step: int) -> None:
     """One line, with the page where there is one."""
     page = folder / REPORT
     shown = f"its page is {page}; " if page.is_file() else ""
-    print(f"{folder} is complete (step {step}); {shown}keep.resume=never trains it anew.")
+    say(f"{folder} is complete (step {step}); {shown}keep.resume=never trains it anew.")
 
 
 def folder_for(run: RunConfig) -> Path:
@@ -191,7 +192,7 @@ def move_aside(folder: Path) -> None:
     if (folder / RUN_TOML).is_file():
         aside = folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
-        print(f"The earlier run is now {aside}.")
+        say(f"The earlier run is now {aside}.")
         folder.mkdir(parents=True)
 
 
@@ -255,7 +256,7 @@ def newest_sound(checkpoints: Path) -> int:
         except CheckpointError as error:
             if step == steps[0]:
                 raise
-            print(f"counterflow: {error} Going on from the one before.", file=sys.stderr)
+            say(f"counterflow: {error} Going on from the one before.", sys.stderr)
     return 0
 
 

@@ -10,7 +10,7 @@ overwriting in place, or one `latest` file that points somewhere: both have a mo
 import errno
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from counterflow.train import manifest
 from counterflow.train.files import PieceWriter, system_error
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
+METADATA = ".metadata"
+"""The file in which torch's distributed checkpoint says where every tensor lies."""
 WRITING, REMOVING = ".writing", ".removing"
 ANOTHER_MODEL = "it is of another model or other settings: resume with the configuration in its run.toml."
 CAUSES = {
@@ -130,8 +132,11 @@ class Checkpoints:
         as it was written, or a tensor's name, size or type is another.
         """
         path, wanted = self.path(step), _pieces(pieces)
-        self.mesh.first_does(lambda: self.verify(step))
+        self.mesh.first_does(lambda: manifest.verify(path, [METADATA] if some else None))
         self.mesh.all_do(lambda: self._match(path, wanted, some))
+        if some:
+            names = self.mesh.union(pieces)
+            self.mesh.first_does(lambda: manifest.verify(path, files_of(path, names)))
         with quiet():
             dcp.load(dict(wanted), checkpoint_id=str(path), planner=LoadPieces(), no_dist=True)
 
@@ -158,6 +163,12 @@ class Checkpoints:
 
 def _pieces(given: Mapping[str, Piece | Tensor]) -> dict[str, Piece]:
     return {name: value if isinstance(value, Piece) else Piece.whole(value) for name, value in given.items()}
+
+
+def files_of(path: Path, names: Collection[str]) -> list[str]:
+    """The files of a checkpoint that hold these tensors."""
+    stored = dcp.FileSystemReader(str(path)).read_metadata().storage_data
+    return sorted({info.relative_path for index, info in stored.items() if index.fqn in names})
 
 
 def _remove(path: Path) -> None:

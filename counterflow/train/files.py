@@ -6,12 +6,12 @@ afterwards by the first rank, which costs a pass over every rank's files.
 """
 
 import os
-import threading
 import zlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import IOBase
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ class SummedFiles(FileSystem):
 
 
 class PieceWriter(FileSystemWriter):
-    """Writes a rank's pieces into as many files as it has threads; `sums` are the files' sizes and CRCs."""
+    """Writes a rank's pieces, each kind into files of its own; `sums` are the files' sizes and CRCs."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, per_thread_copy_ahead=0)
@@ -77,7 +77,8 @@ class PieceWriter(FileSystemWriter):
         written: list[WriteResult] = []
         errors: list[BaseException] = []
 
-        def write(number: int, items: list[WriteItem]) -> None:
+        def write(numbered: tuple[int, list[WriteItem]]) -> None:
+            number, items = numbered
             prefix = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = replace(plan, items=items, storage_data=prefix)
             try:
@@ -85,12 +86,9 @@ class PieceWriter(FileSystemWriter):
             except BaseException as error:  # a thread's error is the caller's
                 errors.append(error)
 
-        parts = split(plan.items, max(1, min(MOST_THREADS, (os.cpu_count() or 1) // CORES_EACH)))
-        threads = [threading.Thread(target=write, args=one, daemon=True) for one in enumerate(parts)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // CORES_EACH))
+        with ThreadPool(threads) as pool:  # daemons: Ctrl-C does not wait for them
+            pool.map(write, enumerate(by_kind(plan.items, threads)), chunksize=1)
         if errors:
             raise system_error(errors[0]) or errors[0]  # what lies behind an error does not reach other ranks
         done: Future[list[WriteResult]] = Future()
@@ -98,14 +96,20 @@ class PieceWriter(FileSystemWriter):
         return done
 
 
-def split(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
-    """The items in at most so many parts of about the same size."""
-    lists, sizes = [[] for _ in range(parts)], [0] * parts
+def by_kind(items: list[WriteItem], parts: int) -> list[list[WriteItem]]:
+    """The items of each kind (masters, averages, a moment: what a name begins with) in at most so many parts.
+
+    The parts of a kind are of about the same size; who needs the weights alone reads no file of moments.
+    """
+    lists: dict[str, list[list[WriteItem]]] = {}
+    sizes: dict[str, list[int]] = {}
     for item in sorted(items, key=_elements, reverse=True):
-        place = sizes.index(min(sizes))
-        lists[place].append(item)
-        sizes[place] += _elements(item)
-    return [part for part in lists if part]
+        kind = item.index.fqn.partition(".")[0]
+        mine = sizes.setdefault(kind, [0] * parts)
+        place = mine.index(min(mine))
+        lists.setdefault(kind, [[] for _ in range(parts)])[place].append(item)
+        mine[place] += _elements(item)
+    return [part for kind in lists.values() for part in kind if part]
 
 
 def _elements(item: WriteItem) -> int:

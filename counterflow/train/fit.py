@@ -7,12 +7,14 @@ load and no run the same twice. A machine that gets slower later therefore takes
 Ctrl-C saves what there is.
 """
 
+import sys
 import time
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
 from counterflow.config.run import Train
+from counterflow.progress import Progress, say
 from counterflow.train import lr
 from counterflow.train.trainer import Trainer
 from counterflow.units import seconds
@@ -53,7 +55,7 @@ def fit(trainer: Trainer) -> None:
     train, line = mesh.first_does(decide)
     trainer.set_length(train)
     if mesh.first:
-        print(line, flush=True)
+        say(line)
 
 
 def timed(trainer: Trainer) -> Pace:
@@ -62,10 +64,12 @@ def timed(trainer: Trainer) -> Pace:
     kept = {name: piece.value.clone() for name, piece in trainer.given().items()}
     trainer.set_length(replace(asked, tokens=LONG, batch_start=0))
     took: list[float] = []
-    while mesh.first_does(lambda: len(took) < FEWEST or (len(took) < MOST and sum(took) < ENOUGH_S)):
-        start = time.perf_counter()
-        trainer.step()
-        took.append(time.perf_counter() - start)
+    with Progress("timing steps", shown=mesh.first, file=sys.stdout) as progress:
+        while mesh.first_does(lambda: len(took) < FEWEST or (len(took) < MOST and sum(took) < ENOUGH_S)):
+            start = time.perf_counter()
+            trainer.step()
+            took.append(time.perf_counter() - start)
+            progress.update(len(took), f"{len(took)} made")
     few = min(trainer.samples.num_held_out, 2 * asked.micro_batch_size * mesh.data)
     start = time.perf_counter()
     trainer.held_out_loss(few)

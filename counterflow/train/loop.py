@@ -27,7 +27,7 @@ from counterflow.interrupt import stop_signals
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
-from counterflow.progress import Progress
+from counterflow.progress import Progress, say
 from counterflow.train import lr
 from counterflow.train.begin import asked_of, begin, continued, folder_for, locked, require_memory
 from counterflow.train.behind import Behind
@@ -154,13 +154,12 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
     start = f" from the weights of {run.train.start_from}" if run.train.start_from else ""
     mtp = f" + {count(counts.mtp)} (MTP)" if counts.mtp else ""
     for line in parallel.without_effect(run.train.device):
-        print(f"counterflow: {line}", file=sys.stderr)
-    print(
+        say(f"counterflow: {line}", sys.stderr)
+    say(
         f"{'Going on with' if step else 'Training'} {run.name}{start}: {count(counts.total)}{mtp} parameters in "
         f"{run.train.precision} on {where}, {count(tokens)} tokens ({tokens / samples.train_tokens:.2g} times the "
         f"corpus) in {lr.num_steps(run.train, length, trainer.grain)} steps{f', from step {step}' if step else ''}; "
-        f"{folder}/",
-        flush=True,
+        f"{folder}/"
     )
 
 
@@ -181,7 +180,7 @@ def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mappin
         ended = f"Trained {trainer.steps} steps in {seconds(took)}{early}."
         if stopped:
             ended = f"Stopped at step {trainer.steps} and saved; the same command goes on from here."
-        print(ended, flush=True)
+        say(ended)
     if reports:
         with Progress("writing the page"):
             write_report(folder)

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ def state_of(path: Path) -> dict[str, Any]:
     return _read(path)["state"]
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs.
+def verify(path: Path, names: Collection[str] | None = None) -> None:
+    """Compare every file, or those named, with the manifest.
 
-    Cost: one read of the checkpoint.
+    Fails: CheckpointError with the first file that differs.   Cost: one read of them.
     """
     files = _read(path)["files"]
+    if names is not None:
+        files = {name: files[name] for name in names}
     number = min(len(files), os.cpu_count() or 1) or 1
     with ThreadPool(number) as readers:  # daemons: Ctrl-C does not wait for them
         for fault in readers.imap(_fault, [(path / name, expected) for name, expected in files.items()]):
