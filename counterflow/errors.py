@@ -66,6 +66,11 @@ def installing(extra: str) -> str:
     return f"{sys.executable} -m pip install {packages}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint for a misspelt name: "did you mean 'x'?" or the list of what is known."""
     known = sorted(known)

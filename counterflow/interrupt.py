@@ -120,7 +120,7 @@ def end_with_parent() -> None:
 
 def say_interrupted() -> None:
     """One line, from the first of several ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("counterflow: interrupted.", file=sys.stderr, flush=True)
 
 

@@ -133,7 +133,8 @@ def _rates(arguments: list[str]) -> int:
 def _on_ranks(place: Place, words: list[str], act: Callable[[Any], None]) -> int:
     import torch
 
-    from counterflow.train.launch import on_ranks, started
+    from counterflow.train.environment import started
+    from counterflow.train.launch import on_ranks
 
     cuda = torch.cuda.is_available() and place.device != "cpu"
     ranks = place.ranks or started() or (torch.cuda.device_count() if cuda else CPU_RANKS)

@@ -73,11 +73,12 @@ def run(arguments: Sequence[str]) -> int:
     shown = Annotated[Serve, tyro.conf.FlagCreatePairsOff]
     wish = tyro.cli(shown, prog="counterflow serve", args=arguments, use_underscores=True)
     began = perf_counter()
+    from counterflow.train.environment import started
     from counterflow.train.folder import require_model
 
     require_model(wish.run)
     listening_of(wish)  # both said once, before torch is imported and ranks are started
-    if wish.ranks > 1 and "RANK" not in os.environ:
+    if wish.ranks > 1 and started() is None:
         print(f"Starting {wish.ranks} ranks.", flush=True)
     from counterflow.train.launch import on_ranks
 

@@ -6,7 +6,6 @@ a flag, an override and a line of TOML go one way and fail alike.
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,7 +48,8 @@ def run(arguments: Sequence[str]) -> int:
 
         print(dry_run(config))
         return 0
-    from counterflow.train.begin import is_complete, started
+    from counterflow.train.begin import is_complete
+    from counterflow.train.environment import started
     from counterflow.train.folder import SAMPLE
 
     if started() is not None:
@@ -69,13 +69,13 @@ def run(arguments: Sequence[str]) -> int:
 
 def _started(config: RunConfig, arguments: Sequence[str]) -> int:
     """Load what trains, here or in the processes that are started, and train."""
-    from counterflow.train.begin import started
+    from counterflow.train.environment import place_here
 
-    several = started() is None and config.parallel.processes > 1
+    place = place_here()
+    several = place is None and config.parallel.processes > 1
     doing = f"Starting {config.parallel.processes} processes" if several else "Loading PyTorch"
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    with Progress(doing, shown=first, file=sys.stdout) as progress:
-        if started() is None:
+    with Progress(doing, shown=place is None or place.rank == 0, file=sys.stdout) as progress:
+        if place is None:
             progress.note(f"{doing} ...")
         from counterflow.train.launch import start
 

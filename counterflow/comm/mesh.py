@@ -12,6 +12,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,8 @@ from counterflow.config.run import DEVICES
 from counterflow.errors import ConfigError, CounterflowError, nearest
 
 Value = TypeVar("Value")
+NO_LIMIT = timedelta(days=365)
+"""Tokenising a corpus and reading a checkpoint back may take hours, and are not hung."""
 
 
 def device_for(device: str, processes: int) -> str:
@@ -38,6 +41,15 @@ def device_for(device: str, processes: int) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda' and PyTorch sees no GPU; set it to cpu, or check the driver.")
     return device
+
+
+def objects_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for what one prepares while the others wait: no clock ends that, a rank's end does.
+
+    A collective.
+    """
+    group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -102,7 +114,7 @@ class Mesh:
     multiprocessors: int = 0
     """Of each GPU, for all communication during a pass; 0: no bound."""
     objects: dist.ProcessGroup | None = None
-    """What carries Python objects between the ranks; None: the default group."""
+    """What carries Python objects between the ranks, without a limit of time; None: the default group."""
 
     @property
     def size(self) -> int:
@@ -136,8 +148,7 @@ class Mesh:
 
     def apart(self) -> "Mesh":
         """This mesh with a group of its own for objects, for a thread beside the one that trains. A collective."""
-        group = dist.new_group(backend="gloo") if self.size > 1 else None
-        return replace(self, objects=group if isinstance(group, dist.ProcessGroup) else None)
+        return replace(self, objects=objects_group() if self.size > 1 else None)
 
     def bring(self, samples: Tensor) -> Tensor:
         """Samples of the host's on this rank's device; a GPU is not waited for, as a plain copy would."""

@@ -46,14 +46,6 @@ GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """Where a Linux machine has any of these, only torch can tell whether it has a GPU for us."""
 
 
-def started() -> int | None:
-    """How many processes torchrun or Slurm has started, this one among them; None where neither has."""
-    if "RANK" in os.environ:
-        return int(os.environ.get("WORLD_SIZE", "1"))
-    several = "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    return int(os.environ["SLURM_NTASKS"]) if several else None
-
-
 def is_complete(run: RunConfig) -> bool:
     """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
     require_layout(run)

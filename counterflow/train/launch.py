@@ -8,6 +8,7 @@ torchrun or Slurm each process finds its rank in the environment and joins the o
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,26 +18,34 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    get_error_handler,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from counterflow.comm.mesh import Mesh, device_for
+from counterflow.comm.mesh import Mesh, device_for, objects_group
 from counterflow.config.run import Parallel, RunConfig
-from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError
+from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError, first_line
 from counterflow.interrupt import end_now, end_with_parent, heard
 from counterflow.plan.layout import require_layout
-from counterflow.train.begin import started
+from counterflow.train.environment import Place, place_here, started
 
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """PyTorch's own word for symmetric memory of several processes on one GPU; where it is set, ours may share one too: a
 trial of what is meant for several GPUs, over gloo, since NCCL refuses."""
 AGENT = "TORCHELASTIC_RUN_ID"
 """Set where an agent of torch's, ours or torchrun's, watches this process."""
+OURS = "counterflow-"
+"""How the name begins of a run that our own agent watches."""
 PEER_LOST = 5
 """Exit code of a rank whose neighbour went away: not the one to blame."""
 TIMEOUT = timedelta(minutes=30)
 SAVING_S = 3600
 """What ranks that were told to stop may take for the step under way and its checkpoint; their agent kills them then."""
+AGENT_WAITS_S = 10
+"""An agent kills ranks that do not end so many seconds, and more, after the first that failed."""
 SAVED = (
     "lower train.micro_batch_size. What was saved is untouched: the same command goes on from the last checkpoint, and "
     "parallel.restarts=N goes on by itself"
@@ -83,76 +92,100 @@ def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
     """This process as one of many."""
     if AGENT in os.environ:
         end_with_parent()
-    with joined(parallel, device) as mesh:
-        try:
+    mesh = Mesh()
+    try:
+        with joined(parallel, device) as mesh:
             return act(mesh)
-        except PeerLostError as error:
-            if AGENT not in os.environ:  # an agent says it, and how that rank ended
-                print(f"counterflow: {error}", file=sys.stderr, flush=True)
-            return _peer_lost(error)
-        except CounterflowError as error:
-            if error.shared and not mesh.first:
-                raise SystemExit(error.exit_code) from None  # the first rank says it
+    except PeerLostError as error:
+        return _peer_lost(error, mesh.rank)
+    except CounterflowError as error:
+        if error.shared and not mesh.first:
+            raise SystemExit(error.exit_code) from None  # the first rank says it
+        raise
+    except dist.DistError as error:
+        return _peer_lost(error, mesh.rank)
+    except RuntimeError as error:
+        if "onnection" not in str(error) and "gloo" not in str(error):
             raise
-        except dist.DistError as error:
-            return _peer_lost(error)
-        except RuntimeError as error:
-            if "onnection" not in str(error) and "gloo" not in str(error):
-                raise
-            return _peer_lost(error)
+        return _peer_lost(error, mesh.rank)
 
 
-def _peer_lost(error: Exception) -> int:
-    logging.getLogger(__name__).info("a neighbour is gone: %s", error)
+def _peer_lost(error: Exception, rank: int) -> int:
+    """End this rank, which has lost another. Our own agent says why; else each rank says what it found."""
+    get_error_handler().record_exception(error)
+    if not os.environ.get(AGENT, "").startswith(OURS):
+        print(f"counterflow: rank {rank} lost another: {first_line(error)}", file=sys.stderr, flush=True)
     os._exit(PEER_LOST)  # the group cannot be closed any more
 
 
 @contextmanager
 def joined(parallel: Parallel, device_type: str) -> Iterator[Mesh]:
     """The mesh of the processes that the environment names.   Fails: ConfigError where they are not as many."""
-    rank, world, local = _from_environment()
+    place = place_here()
+    assert place is not None, "whoever joins others was started with them"
     wanted = parallel.processes
-    if world != wanted:
+    if place.processes != wanted:
         raise ConfigError(
-            f"{world} processes were started and {parallel.pipeline} (pipeline) × {parallel.data} (data, or ranks) = "
-            f"{wanted} are asked for; start {wanted}, or change one of them."
+            f"{place.processes} processes were started and {parallel.pipeline} (pipeline) × {parallel.data} (data, or "
+            f"ranks) = {wanted} are asked for; start {wanted}, or change one of them."
         )
-    device, backend = torch.device(device_type), "gloo"
-    if device.type == "cuda":
-        gpus = torch.cuda.device_count()
-        shared = SHARED in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", world)) > gpus > 0
-        if local >= gpus and not shared:
-            raise ConfigError(
-                f"this machine has {gpus} GPUs and rank {rank} needs the one numbered {local}; start fewer processes "
-                "here, or set the device to cpu."
-            )
-        device, backend = torch.device("cuda", local % gpus), "gloo" if shared else "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    # A restarted group may find the same store: without a prefix of its own it would read its dead members' addresses.
-    store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=TIMEOUT))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-    bound = parallel.multiprocessors
-    yield Mesh(parallel.pipeline, parallel.data, rank, device, parallel.expert, bound)
+    device, backend = _device_of(place, device_type)
+    _meet(place, backend)
+    yield Mesh(
+        parallel.pipeline,
+        parallel.data,
+        place.rank,
+        device,
+        parallel.expert,
+        parallel.multiprocessors,
+        objects=objects_group() if wanted > 1 else None,
+    )
     dist.destroy_process_group()
 
 
-def _from_environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun or Slurm say."""
-    if "RANK" in os.environ:
-        rank = int(os.environ["RANK"])
-        return rank, int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", rank))
-    os.environ.setdefault("MASTER_ADDR", _first_host(os.environ.get("SLURM_STEP_NODELIST", "localhost")))
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-    keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    rank, world, local = (int(os.environ.get(key, "0")) for key in keys)
-    return rank, world, local
+def _device_of(place: Place, device_type: str) -> tuple[torch.device, str]:
+    """This rank's device, and what carries tensors between the ranks."""
+    device = torch.device(device_type)
+    if device.type != "cuda":
+        return device, "gloo"
+    gpus = torch.cuda.device_count()
+    shared = SHARED in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", place.processes)) > gpus > 0
+    if place.local_rank >= gpus and not shared:
+        raise ConfigError(
+            f"this machine has {gpus} GPUs and rank {place.rank} needs the one numbered {place.local_rank}; start "
+            "fewer processes here, or set the device to cpu."
+        )
+    device = torch.device("cuda", place.local_rank % gpus)
+    torch.cuda.set_device(device)
+    return device, "gloo" if shared else "cpu:gloo,cuda:nccl"
 
 
-def _first_host(nodes: str) -> str:
-    """The first of Slurm's list: 'gpu[03-05,9],x' is gpu03."""
-    name, bracket, rest = nodes.split(",")[0].partition("[")
-    return name + rest.split("]")[0].split("-")[0] if bracket else name
+def _meet(place: Place, backend: str) -> None:
+    """Make the group of all processes.   Fails: ConfigError where they do not find each other."""
+    at = f"{place.address}:{place.port} (MASTER_ADDR and MASTER_PORT)"
+    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    try:
+        socket.getaddrinfo(place.address, place.port)
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.processes, timeout=TIMEOUT))
+        # A restarted group may find the same store: without a prefix of its own it would read dead members' addresses.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.processes, timeout=TIMEOUT
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        raise ConfigError(
+            f"{at} cannot be reached: no name service knows that address ({first_line(error)}); give the "
+            "machine of rank 0 by a name or number that all the others know."
+        ) from None
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(f"the port of {at} is taken by another process; choose another port.") from None
+        if AGENT in os.environ:  # where it listens, so that another rank has failed
+            raise PeerLostError(first_line(error)) from None
+        raise ConfigError(
+            f"rank {place.rank} did not meet the other {place.processes - 1} at {at}: {first_line(error)}. All must be "
+            "started with the same address and port, and reach each other there."
+        ) from None
 
 
 def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str) -> int:
@@ -168,7 +201,7 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
+        run_id=OURS + uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",
@@ -199,18 +232,28 @@ def _ends_when_told_twice() -> Callable[[int], None]:
 
 def _explain(failed: ChildFailedError, restarts: int, killed: str) -> int:
     """The one rank that is to blame: killed, else stopped by an error of its own, which it has printed."""
-    rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1].exitcode))
+    first = min(failure.timestamp for failure in failed.failures.values())
+    rank, failure = min(failed.failures.items(), key=lambda item: _blame(item[1], first))
+    often = f" after {restarts} restarts" if restarts else ""
     if failure.exitcode < 0:
-        often = f" after {restarts} restarts" if restarts else ""
         raise RankError(
             f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{often}, and the others were "
             f"stopped. A kill without a sender is often the system's, for memory: {killed}."
         )
+    if failure.exitcode == PEER_LOST:
+        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        raise RankError(
+            f"rank {rank} (process {failure.pid}) lost another{often}, and no rank said why: {said}. What was saved is "
+            "untouched; start the same command again."
+        )
     return failure.exitcode
 
 
-def _blame(code: int) -> int:
-    """How little a rank with this exit code is to blame; the agent's SIGTERM ends those that did nothing."""
-    if code < 0:
-        return 3 if code == -signal.SIGTERM else 0
-    return 2 if code == PEER_LOST else 1
+def _blame(failure: ProcessFailure, first: int) -> int:
+    """How little a rank that ended so is to blame; the agent ends those that did nothing, by SIGTERM and, if they do
+    not heed it, by SIGKILL much later."""
+    if failure.exitcode == -signal.SIGTERM:
+        return 3
+    if failure.exitcode == -signal.SIGKILL and failure.timestamp - first > AGENT_WAITS_S:
+        return 3
+    return 0 if failure.exitcode < 0 else 2 if failure.exitcode == PEER_LOST else 1
