@@ -153,7 +153,13 @@ def _place(wish: Wish, config: RunConfig) -> None:
     layers = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
     if len({len(_numbers(loads)) for loads in layers}) > 1:
         raise ConfigError(f"'{wish.place}' has layers of different lengths; each must list the same experts.")
-    nodes = max(1, wish.gpus // card.gpus_per_node)
+    nodes, part = card.nodes(wish.gpus), wish.gpus % card.gpus_per_node
+    if nodes > 1 and part:
+        nodes = 1
+        print(
+            f"{wish.gpus} GPUs do not fill nodes of {card.gpus_per_node}: copies are placed without regard to nodes.",
+            file=sys.stderr,
+        )
     pairs: list[tuple[Placement, Placement]] = []
     for loads in map(_numbers, layers):
         slots = wish.slots or (-(-len(loads) // wish.gpus) + 1) * wish.gpus

@@ -111,7 +111,7 @@ class Costs:
         spread_out = (part is Part.DISPATCH) == (kind is Kind.F)
         row = model.hidden_size * (self.job.bytes_of.dispatched if spread_out else self.job.bytes_of.combined)
         row += 12 * model.num_experts_per_token if part is Part.DISPATCH else 0  # expert ids and gates
-        nodes = max(1, layout.expert // card.gpus_per_node)
+        nodes = card.nodes(layout.expert)
         ranks, uneven = (
             self.routing.places(model, layout.expert),
             self.routing.imbalance(model, layout.expert),

@@ -48,6 +48,10 @@ class Card:
     reserved_bytes: float = 1.5e9
     """Taken by the context, libraries' workspaces and NCCL before any tensor; assumed."""
 
+    def nodes(self, count: int) -> int:
+        """That so many cards fill, the last one perhaps in part."""
+        return -(-count // self.gpus_per_node)
+
 
 @dataclass(frozen=True)
 class Fabric:

@@ -5,7 +5,7 @@ from html import escape
 
 from counterflow.plan import chart, report
 from counterflow.plan.answer import Answer
-from counterflow.plan.search import cell_spans
+from counterflow.plan.search import cell_spans, taken
 from counterflow.schedule import picture
 from counterflow.units import bytes_, seconds
 
@@ -86,6 +86,7 @@ def _timeline(answer: Answer) -> str:
     layout = answer.step.costs.layout
     whole = sum(answer.step.schedule.microbatches)
     count = min(whole, 2 * layout.pipeline + (2 if layout.schedule == "dualpipe" else layout.pipeline))
+    count = taken(layout, count, whole)
     schedule, spans = cell_spans(answer.step.costs, count)
     part = report.microbatches(count) if count == whole else f"{count} of the step's {whole} micro-batches"
     note = f"{part}, cell by cell; names and times of cells appear under the pointer."

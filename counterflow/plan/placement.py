@@ -9,6 +9,7 @@ heaviest first, to the lightest place that has room, ties to the lowest number, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
+from itertools import pairwise
 
 from counterflow.errors import ConfigError
 
@@ -31,9 +32,9 @@ class Placement:
     @property
     def gpu_loads(self) -> list[float]:
         """What each GPU bears when an expert's copies share its tokens evenly."""
-        size, copies = len(self.experts) // self.gpus, self.copies
+        copies = self.copies
         each = [self.loads[expert] / copies[expert] for expert in self.experts]
-        return [sum(each[gpu * size : (gpu + 1) * size]) for gpu in range(self.gpus)]
+        return [sum(each[slot] for slot in held) for held in shared(len(each), self.gpus)]
 
     @property
     def imbalance(self) -> float:
@@ -60,6 +61,14 @@ def place(loads: Sequence[float], slots: int, groups: int, nodes: int, gpus: int
 def unreplicated(loads: Sequence[float], gpus: int) -> Placement:
     """The experts in order, one copy each: how it is before."""
     return Placement(tuple(range(len(loads))), gpus, tuple(loads))
+
+
+def shared(count: int, places: int) -> list[range]:
+    """The indices of `count` things that each of `places` holds, in order; the first ones hold one more where they do
+    not divide."""
+    size, more = divmod(count, places)
+    starts = [place * size + min(place, more) for place in range(places + 1)]
+    return [range(*ends) for ends in pairwise(starts)]
 
 
 def pack(loads: Sequence[float], packs: int) -> list[list[int]]:

@@ -47,7 +47,7 @@ def terminal(answer: Answer) -> str:
 def _headline(answer: Answer) -> str:
     job = answer.job
     return (
-        f"{cards(answer)} over {answer.hardware.fabric.name}, "
+        f"{cards(answer)}{nodes(answer)} over {answer.hardware.fabric.name}, "
         f"{job.precision}, batch {job.batch_size} × {job.sequence_length} tokens: {answer.step.seconds:.2f} s a step, "
         f"{seconds(answer.price.days_with_failures * 86400)} for {number(job.tokens)} tokens."
     )
@@ -61,6 +61,14 @@ def cards(answer: Answer) -> str:
         if answer.hardware.is_cpu
         else f"{count} {name}"
     )
+
+
+def nodes(answer: Answer) -> str:
+    """Where the cards do not fill their nodes, what is taken for them."""
+    count, card = answer.step.costs.layout.gpus, answer.hardware.card
+    if count < card.gpus_per_node or count % card.gpus_per_node == 0:
+        return ""
+    return f" on {card.nodes(count)} nodes of {card.gpus_per_node} at most, taken to hold them alike,"
 
 
 def _model(answer: Answer) -> str:

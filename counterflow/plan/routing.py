@@ -6,6 +6,7 @@ are kept are those with the best experts and so nearly all hit; with measured lo
 independent, which is right to the second order in a load's share.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +15,7 @@ from random import Random
 
 from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError
+from counterflow.plan.placement import shared
 
 DRAWN_SCORES = 512_000
 """Scores drawn for an expectation: 2,000 tokens of 256 experts, which is within 0.3 %."""
@@ -41,7 +43,9 @@ class Routing:
             return sum(1 - (1 - share) ** chosen for share in self._shares(model, count))
         if self.limited and model.num_limited_groups < model.num_groups:
             return _limited_places(experts, model.num_groups, model.num_limited_groups, chosen, count)
-        return count * (1 - comb(experts - experts // count, chosen) / comb(experts, chosen))
+        sizes = Counter(map(len, shared(experts, count)))
+        missed = {size: comb(experts - size, chosen) / comb(experts, chosen) for size in sizes}
+        return sum(times * (1 - missed[size]) for size, times in sizes.items())
 
     def imbalance(self, model: ModelConfig, count: int) -> float:
         """The fullest of `count` places' load over the mean; 1 when uniform."""
@@ -52,8 +56,9 @@ class Routing:
             raise ConfigError(
                 f"{len(self.loads)} expert loads for {model.num_routed_experts} experts; give one for each."
             )
-        size, total = len(self.loads) // count, sum(self.loads)
-        return [sum(self.loads[place * size : (place + 1) * size]) / total for place in range(count)]
+        total = sum(self.loads)
+        held = shared(len(self.loads), count)
+        return [sum(self.loads[expert] for expert in place) / total for place in held]
 
 
 UNIFORM = Routing()
@@ -61,8 +66,9 @@ UNIFORM = Routing()
 
 @lru_cache(maxsize=1024)
 def _limited_places(experts: int, groups: int, kept: int, chosen: int, count: int) -> float:
-    size, drawn = experts // count, _limited(experts, groups, kept, chosen)
-    return sum(len({expert // size for expert in token}) for token in drawn) / len(drawn)
+    drawn = _limited(experts, groups, kept, chosen)
+    place_of = [place for place, held in enumerate(shared(experts, count)) for _ in held]
+    return sum(len({place_of[expert] for expert in token}) for token in drawn) / len(drawn)
 
 
 @lru_cache(maxsize=64)

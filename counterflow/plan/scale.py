@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from counterflow.config.model import ModelConfig
-from counterflow.errors import ConfigError
+from counterflow.errors import ConfigError, ScheduleError
 from counterflow.plan.cost import Costs, predict, without_transfers
 from counterflow.plan.hardware import FABRICS, Hardware
 from counterflow.plan.job import Job, Layout
@@ -19,6 +19,7 @@ from counterflow.plan.published import pair_s
 from counterflow.plan.routing import UNIFORM, Routing
 from counterflow.plan.search import by_cells
 from counterflow.plan.stages import units
+from counterflow.schedule import SCHEDULES
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 PIPELINE = 16
@@ -114,7 +115,8 @@ CONTENDERS: tuple[tuple[str, int, int | None], ...] = (
     ("dualpipev", 16, None),
     ("dualpipev", 8, None),
 )
-"""(schedule, pipeline ranks, stages a rank); Table 2 compares DualPipeV on half of the ranks, which is the last."""
+"""(schedule, pipeline ranks, stages a rank); Table 2 compares DualPipeV on half of the ranks, which is the last. Others
+of `SCHEDULES` follow on 16."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,17 @@ def schedules(
     """Every contender on `gpus` cards.   Fails: ConfigError where none can be."""
     rows: list[Row] = []
     most = len(units(job.model))
-    for name, pipeline, per_rank in CONTENDERS:
+    others = sorted(set(SCHEDULES) - {name for name, _, _ in CONTENDERS})
+    for name, pipeline, per_rank in (*CONTENDERS, *((name, 16, None) for name in others)):
         data = gpus // pipeline
         if gpus % pipeline or data % expert or job.batch_size % data or pipeline * (per_rank or 2) > most:
             continue
         layout = Layout(pipeline, data, expert, 1, name, per_rank, recompute)
-        if name.startswith("interleaved") and layout.microbatches(job) % pipeline:
-            continue
-        if name.startswith("dualpipe") and layout.microbatches(job) < 2 * pipeline:
-            continue
         costs = Costs(job, layout, hardware, routing)
+        try:
+            layout.rule(layout.microbatches(job))
+        except ScheduleError:
+            continue
         step, free = predict(costs), predict(without_transfers(costs))
         peak = max(one.total for one in memory(costs, step.schedule, step.plans))
         rows.append(Row(layout, step.seconds, step.idle_s, free.seconds, free.idle_s, peak))

@@ -7,11 +7,12 @@ simulated twice with few and drawn on in a straight line, because a schedule in 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from counterflow.config.model import ModelConfig
-from counterflow.errors import ConfigError
+from counterflow.errors import ConfigError, ScheduleError
 from counterflow.plan.cost import Costs, cell_seconds, update
 from counterflow.plan.hardware import Hardware
 from counterflow.plan.job import RECOMPUTES, Job, Layout
@@ -20,7 +21,7 @@ from counterflow.plan.routing import UNIFORM, Routing
 from counterflow.plan.stages import stage_plans, units
 from counterflow.progress import watched
 from counterflow.schedule import SCHEDULES
-from counterflow.schedule.measure import BUBBLES
+from counterflow.schedule.measure import BUBBLES, idle
 from counterflow.schedule.simulate import Costs as ChunkCosts
 from counterflow.schedule.simulate import makespan, simulate
 from counterflow.schedule.words import OWING, TRANSFERS, Cell, Kind, Plan, Schedule, Span, StageId
@@ -97,7 +98,7 @@ def fitting_layouts(
     least: Candidate | None = None
     for layout in watched(layouts(job, gpus, pins, fell_out), "layouts that fit", unit="tried"):
         costs = Costs(job, layout, hardware, routing)
-        every = memory(costs, _least_schedule(layout, job), _plans(job.model, _stages(layout)))
+        every = memory(costs, _least_schedule(layout, job), _plans(job.model, _stages(layout, job)))
         candidate = Candidate(layout, 0.0, max(every, key=lambda one: one.total))
         if candidate.peak.needed <= hardware.card.memory_bytes:
             fitting.append(candidate)
@@ -194,21 +195,41 @@ def _on(job: Job, pipeline: int, data: int, expert: int, decided: int) -> Iterat
 def _refused(layout: Layout, job: Job, most: int) -> str:
     """Why a schedule cannot be, or nothing."""
     microbatches, ranks = layout.microbatches(job), layout.pipeline
-    if ranks > 1 and layout.schedule.startswith("dualpipe"):
+    if ranks > 1 and layout.schedule in _TWO_WAY:
         if microbatches < 2 * ranks:
             return "too few micro-batches for the schedule"
         if layout.schedule == "dualpipe" and (ranks % 2 or microbatches % 2):
             return "DualPipe needs even ranks and micro-batches"
     if layout.schedule == "interleaved-1f1b" and microbatches % ranks:
         return "interleaved 1F1B needs a multiple of its ranks as micro-batches"
-    return "more stages than layers" if _stages(layout) > most else ""
+    try:
+        if taken(layout, microbatches, microbatches) and _stages(layout, job) > most:
+            return "more stages than layers"
+    except ScheduleError:
+        return "the schedule's rule refuses these ranks or micro-batches"
+    return ""
 
 
-def _stages(layout: Layout) -> int:
-    if layout.pipeline == 1:
-        return 1
-    per_rank = {"dualpipev": 2, "interleaved-1f1b": layout.stages_per_rank or 2}.get(layout.schedule, 1)
-    return layout.pipeline * per_rank
+def taken(layout: Layout, count: int, most: int) -> int:
+    """The first number of micro-batches from `count` on, and `most` at most, that the layout's schedule takes; asked of
+    its rule where what it takes is not known here.   Fails: ScheduleError where it takes none."""
+    if layout.pipeline == 1 or layout.schedule in _KNOWN:
+        return count
+    for one in range(count, most):
+        with suppress(ScheduleError):
+            layout.rule(one)
+            return one
+    layout.rule(most)
+    return most
+
+
+_TWO_WAY = ("dualpipe", "dualpipev")
+_KNOWN = (*BUBBLES, "interleaved-1f1b")
+"""Schedules whose ranks and micro-batches `_refused` and `few` know; a rule that joins the table is asked."""
+
+
+def _stages(layout: Layout, job: Job) -> int:
+    return _least_schedule(layout, job).stages
 
 
 @lru_cache(maxsize=256)
@@ -218,9 +239,9 @@ def _plans(model: ModelConfig, stages: int) -> tuple[Plan, ...]:
 
 def _least_schedule(layout: Layout, job: Job) -> Schedule:
     """The layout's schedule with so few micro-batches that its fullest moment is still there."""
-    ranks = layout.pipeline
-    name, microbatches = layout.schedule if ranks > 1 else "1f1b", min(layout.microbatches(job), 2 * ranks)
-    return _rule(name, ranks, layout.stages_per_rank, microbatches)
+    ranks, most = layout.pipeline, layout.microbatches(job)
+    microbatches = taken(layout, min(most, 2 * ranks), most)
+    return _rule(layout.schedule if ranks > 1 else "1f1b", ranks, layout.stages_per_rank, microbatches)
 
 
 @lru_cache(maxsize=512)
@@ -251,8 +272,9 @@ def _stage(costs: Costs, plan: Plan, beside: bool) -> _Stage:
 
 def estimate(costs: Costs) -> float:
     """Seconds of a step by formula: the busiest rank's work, the bubble of Table 2 at mean costs, the update."""
-    schedule, plans = _least_schedule(costs.layout, costs.job), _plans(costs.job.model, _stages(costs.layout))
-    two_way = costs.layout.pipeline > 1 and costs.layout.schedule.startswith("dualpipe")
+    schedule = _least_schedule(costs.layout, costs.job)
+    plans = _plans(costs.job.model, schedule.stages)
+    two_way = costs.layout.pipeline > 1 and costs.layout.schedule in _TWO_WAY
     every = [_stage(costs, plan, two_way) for plan in plans]
     pipes, microbatches = schedule.pipes, costs.layout.microbatches(costs.job)
     busiest = max(
@@ -265,12 +287,18 @@ def estimate(costs: Costs) -> float:
     mean = {kind: sum(one[kind] for one in chunks) / len(chunks) for kind in (Kind.F, Kind.I, Kind.W)}
     pair = busiest / (2 if two_way else 1)
     chunk = ChunkCosts(mean[Kind.F], mean[Kind.I] + mean[Kind.W], mean[Kind.W], pair)
-    share = {"interleaved-1f1b": "1f1b"}.get(schedule.name, schedule.name)
-    bubble = max(0.0, BUBBLES[share](schedule.stages, chunk)) if schedule.ranks > 1 else 0.0
-    if schedule.name == "interleaved-1f1b":
-        bubble *= schedule.ranks / schedule.stages
+    bubble = _bubble(costs.layout.schedule, schedule, chunk) if schedule.ranks > 1 else 0.0
     sends = 2 * schedule.stages * costs.send_s
     return microbatches / pipes * busiest + bubble + sends + update(costs, schedule, plans).seconds
+
+
+def _bubble(name: str, schedule: Schedule, chunk: ChunkCosts) -> float:
+    """Seconds that a rank is idle, by Table 2's formula; a rule without one is simulated."""
+    if name not in _KNOWN:
+        return sum(idle(simulate(schedule, chunk), schedule.ranks)) / schedule.ranks
+    if name == "interleaved-1f1b":
+        return BUBBLES["1f1b"](schedule.stages, chunk) * schedule.ranks / schedule.stages
+    return max(0.0, BUBBLES[name](schedule.stages, chunk))
 
 
 def _busy(stages: list[_Stage], two_way: bool) -> float:
@@ -331,7 +359,9 @@ def few(layout: Layout, microbatches: int) -> tuple[int, int]:
     ranks = layout.pipeline
     low = 4 * ranks + (microbatches % 2 if layout.schedule != "interleaved-1f1b" else 0)
     high = low + ranks + (ranks % 2 if layout.schedule != "interleaved-1f1b" else 0)
-    return (low, high) if microbatches > high + 3 * ranks else (microbatches, microbatches)
+    if microbatches <= high + 3 * ranks:
+        return microbatches, microbatches
+    return taken(layout, low, microbatches), taken(layout, high, microbatches)
 
 
 def drawn_on(run: Callable[[int], float], layout: Layout, microbatches: int) -> float:

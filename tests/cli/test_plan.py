@@ -129,6 +129,18 @@ def test_copies_of_experts_are_placed(capsys, tmp_path):
     assert float(after) < float(before)
 
 
+def test_cards_that_do_not_fill_their_nodes_are_said(capsys, tmp_path):
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps([7] * 16))
+    assert main(["plan", "tiny", "--gpus", "20", "--place", str(loads)]) == 0
+    said = capsys.readouterr()
+    assert "20 GPUs do not fill nodes of 8" in said.err and said.out.splitlines()[1].split()[1] == "1.250"
+    assert main(["plan", "tiny", "--gpus", "20", "--pipeline", "1", "train.batch_size=40"]) == 0
+    assert "20 h800 on 3 nodes of 8 at most, taken to hold them alike, over" in capsys.readouterr().out
+    assert main(["plan", "tiny", "--gpus", "16", "--pipeline", "1"]) == 0
+    assert capsys.readouterr().out.startswith("16 h800 over")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

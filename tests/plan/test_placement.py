@@ -64,6 +64,16 @@ def test_the_heaviest_a_copy_is_copied_next():
     assert replicate([10.0, 6.0, 1.0], 6) == [0, 1, 2, 0, 1, 0]
 
 
+def test_what_gpus_bear_sums_to_what_experts_do_also_where_these_do_not_divide():
+    loads = [10] * 8 + [100] * 4
+    before, after = unreplicated(loads, 8), place(loads, 16, 4, 1, 8)
+    assert before.gpu_loads == [20, 20, 20, 20, 100, 100, 100, 100]
+    assert sum(before.gpu_loads) == sum(after.gpu_loads) == sum(loads)
+    assert before.imbalance == pytest.approx(100 / 60) and after.imbalance < before.imbalance
+    assert unreplicated([1] * 16, 20).gpu_loads == [1] * 16 + [0] * 4
+    assert unreplicated([1] * 16, 20).imbalance == 1.25
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import pytest
 
+from counterflow.cli import main
+from counterflow.cli import main
 from counterflow.config.models import MODELS
-from counterflow.errors import ConfigError
+from counterflow.errors import ConfigError, ScheduleError
 from counterflow.plan.answer import answer
 from counterflow.plan.cost import Costs, predict
 from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Job, Layout, require
 from counterflow.plan.search import Pins, by_cells, search
+from counterflow.schedule import SCHEDULES
+from counterflow.schedule.words import Chunk, Kind, Schedule, StageId
 
 pytestmark = pytest.mark.pure
 JOB = Job(MODELS["v3-671b"], 4096, 15360, 14.8e12, "fp8")
@@ -90,3 +94,26 @@ def test_a_micro_batch_of_ones_own_is_planned_with():
 def test_a_trillion_cards_are_answered_at_once():
     with pytest.raises(ConfigError, match="no layout on 999999999999 GPUs: the batch is no multiple"):
         answer(SMALL, hardware("h100"), 999999999999)
+
+
+def gpipe(ranks, microbatches, stages_per_rank=None):
+    """All forwards, then all backwards; it takes four micro-batches or a multiple."""
+    del stages_per_rank
+    if microbatches % 4:
+        raise ScheduleError(f"{microbatches} micro-batches; take a multiple of 4.")
+    rows = [
+        [(Chunk(kind, StageId(0, rank), mb),) for kind in (Kind.F, Kind.B) for mb in range(microbatches)]
+        for rank in range(ranks)
+    ]
+    return Schedule("all forwards first", ranks, tuple(map(tuple, rows)))
+
+
+def test_one_more_schedule_in_the_table_is_planned_with(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(SCHEDULES, "gpipe", gpipe)
+    found = search(SMALL, hardware("h100"), 8, Pins(schedule="gpipe", pipeline=2, micro_batch=1, expert=1))
+    assert found.best and found.best[0].layout.microbatches(SMALL) == 32
+    costs = Costs(SMALL, found.best[0].layout, hardware("h100"))
+    assert found.best[0].seconds == pytest.approx(predict(costs).seconds, rel=0.05)
+    assert main(["plan", "tiny", "--gpus", "4", "--html", str(tmp_path / "plan.html")]) == 0
+    assert main(["plan", "tiny", "--gpus", "4", "--schedule", "gpipe", "--micro-batch", "16"]) == 2
+    assert "the schedule's rule refuses these ranks or micro-batches" in capsys.readouterr().err
