@@ -92,7 +92,7 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
         out = Path(wish.json) if wish.json else None
     answers = bench.grade(given, list(texts), limits, wish.workers or os.cpu_count() or 1)
     found = bench.report(answers, wish.k, limits, settings)
-    _table("HumanEval", _humaneval_rows(found))
+    _table("HumanEval", [*_humaneval_rows(found).items()])
     _keep(found, out)
 
 
@@ -123,10 +123,10 @@ def _model(run: str, averaged: bool, precision: str, mesh: "Mesh") -> Any:
     return *loaded(folder, averaged, precision, mesh), folder
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> None:
-    width = max(len(name) for name in rows)
+def _table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
+    width = max(len(name) for name, _ in rows)
     print(title)
-    for name, value in rows.items():
+    for name, value in rows:
         print(f"  {name:{width}}  {value}")
 
 
@@ -148,6 +148,9 @@ class Perplexity:
     """The key or column that holds the text, in .jsonl and .parquet."""
     max_bytes: float = 1e6
     """Of each of the texts; documents are read whole."""
+    window: int = 0
+    """Tokens that the model sees at once; a longer document goes on in windows that keep half of the one before. The
+    number moves with it. 0: the model's positions."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     device: str = "auto"
@@ -165,6 +168,7 @@ class Perplexity:
 def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
     """Measure each of the texts; all ranks alike, so that all run the same passes."""
     from counterflow.config.run import Source
+    from counterflow.evaluate.likelihood import half
     from counterflow.evaluate.likelihood import perplexity as measure
     from counterflow.infer.ranks import share_experts
     from counterflow.units import bytes_
@@ -172,14 +176,17 @@ def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
     if not wish.texts:
         raise ConfigError("no texts are named; give files, folders or globs, or python-stdlib.")
     model, tokenizer, _ = _model(wish.run, wish.averaged, wish.precision, mesh)
-    share_experts(model, mesh, model.config.max_positions, wish.dispatch)
-    rows, found = {}, []
+    window = _window(wish.window, model.config.max_positions)
+    share_experts(model, mesh, window, wish.dispatch)
+    rows = [("windows", f"{window} tokens, each {half(window)} on from the one before")]
+    found = []
     for path in wish.texts:
-        one = measure(model, tokenizer, Source(path, field=wish.field), wish.max_bytes, mesh.first)
-        rows[path] = (
+        one = measure(model, tokenizer, Source(path, field=wish.field), wish.max_bytes, mesh.first, window)
+        said = (
             f"{one.bits_per_byte:.4f} bits per byte, {one.nats_per_token:.4f} nats per token; "
             f"{bytes_(one.bytes)} in {one.documents} documents, {one.tokens} tokens"
         )
+        rows.append((path, said))
         found.append(
             {
                 "text": path,
@@ -192,9 +199,24 @@ def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
         return
     _table(f"{wish.run} in {wish.precision}", rows)
     _keep(
-        {"model": wish.run, "precision": wish.precision, "texts": found},
+        {
+            "model": wish.run,
+            "precision": wish.precision,
+            "window": window,
+            "stride": half(window),
+            "texts": found,
+        },
         Path(wish.json) if wish.json else None,
     )
+
+
+def _window(asked: int, positions: int) -> int:
+    """The window's tokens.   Fails: ConfigError."""
+    if not 0 <= asked <= positions:
+        raise ConfigError(
+            f"window is {asked} and the model has {positions} positions; take 1 to {positions}, or 0 for all."
+        )
+    return asked or positions
 
 
 @dataclass(frozen=True)
@@ -228,6 +250,8 @@ def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
     model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision, mesh)
     pairs = [text.split("=", 1) if "=" in text else (text, text) for text in wish.texts]
     domains = {name: Source(path, field=wish.field) for name, path in pairs}
+    if len(domains) < len(pairs):
+        raise ConfigError(f"two kinds of text have one name in {' '.join(wish.texts)}; give each its own.")
     counted = bench.expert_load(model, tokenizer, domains, wish.max_tokens)
     loads = {name: bench.relative_load(one) for name, one in counted.items()}
     picture = Path(wish.picture or folder / "expert_load.png")
@@ -236,7 +260,7 @@ def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
         name: f"busiest expert {load.max():.2f} times even, layers' mean {load.amax(-1).mean():.2f}"
         for name, load in loads.items()
     }
-    _table(f"{wish.run}: relative expert load", rows | {"picture": picture})
+    _table(f"{wish.run}: relative expert load", [*rows.items(), ("picture", picture)])
     kept = {
         name: {"counts": one.tolist(), "relative_load": loads[name].tolist()} for name, one in counted.items()
     }
@@ -281,10 +305,11 @@ def binoculars(wish: Binoculars, mesh: "Mesh") -> None:
             f"{wish.observer} and {wish.performer} have different vocabularies; their predictions can be compared "
             "only over the same tokens: take two checkpoints of one tokenizer."
         )
-    rows = {}
+    rows: list[tuple[str, str]] = []
     for path in wish.texts:
         for document in islice(documents(Source(path, field=wish.field)), wish.max_documents):
-            rows[document.name] = f"{score(observer, performer, tokenizer, document.text):.4f}"
+            found = score(observer, performer, tokenizer, document.text)
+            rows.append((_named(path, document.name), f"{found:.4f}"))
     if not rows:
         raise DataError(
             f"{', '.join(wish.texts)} hold no text; give files with text, or the field that holds it."
@@ -294,6 +319,13 @@ def binoculars(wish: Binoculars, mesh: "Mesh") -> None:
         "The lower, the likelier a language model wrote the text. Where to draw the line differs from pair to pair:"
     )
     print("score texts whose authors you know (for the paper's pair of 7 B models it lies at 0.90).")
+
+
+def _named(path: str, name: str) -> str:
+    """A document's name with the words that its source was given by: two folders may hold files of one name."""
+    if Path(path).is_dir():
+        return str(Path(path) / name)
+    return str(path) + name.removeprefix(Path(path).name) if Path(path).is_file() else name
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
 from counterflow.comm.mesh import Mesh, device_for
+from counterflow.errors import ConfigError
 from counterflow.evaluate.complete import Sampling, complete
-from counterflow.evaluate.likelihood import nll, predictions
+from counterflow.evaluate.likelihood import nll, window
 from counterflow.progress import watched
 from counterflow.train.folder import folder_of
 from counterflow.train.restore import model_of
@@ -37,13 +38,29 @@ class CounterflowLM(LM):
     """Likelihoods and texts of a run or an exported folder."""
 
     def __init__(
-        self, run: str, precision: str = "auto", averaged: bool = False, device: str = "auto", **_: Any
+        self,
+        run: str,
+        precision: str = "auto",
+        averaged: bool = False,
+        device: str | None = "auto",
+        max_length: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
+        """`max_length`: tokens that the model sees at once; 0: its positions. lm-eval hands over its own `device` and
+        sizes of batches, which change no number here: None and any are taken."""
         super().__init__()
-        mesh = Mesh(device=torch.device(device_for(device, 1)))
+        del batch_size, max_batch_size
+        mesh = Mesh(device=torch.device(device_for(device or "auto", 1)))
         self.model, self.vocabulary = model_of(folder_of(run), averaged, precision, mesh)
         self.model.to(mesh.device)
         self.run = Path(run)
+        positions = self.model.config.max_positions
+        if not 0 <= max_length <= positions:
+            raise ConfigError(
+                f"max_length is {max_length}; take 1 to {positions}, the model's positions, or 0."
+            )
+        self.max_length = max_length or positions
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(log p of the continuation after its context, whether it is the greedy one) of each request."""
@@ -60,19 +77,22 @@ class CounterflowLM(LM):
         if wanted < 1:
             return 0.0, True
         ids = torch.tensor(
-            [*given, *whole[len(given) :]][-self.model.config.max_positions - 1 :],
+            [*given, *whole[len(given) :]][-self.max_length - 1 :],
             device=self.model.head.device,
         )
-        ((log_p, targets),) = predictions(self.model, ids)
-        log_p, targets = log_p[-wanted:], targets[-wanted:]
-        greedy = bool((log_p.argmax(-1) == targets).all())
-        return log_p.gather(1, targets[:, None]).double().sum().item(), greedy
+        log_p, greedy = 0.0, True
+        for row, targets in window(self.model, ids, max(1, len(ids) - wanted)):
+            log_p += row.gather(1, targets[:, None]).double().sum().item()
+            greedy &= bool((row.argmax(-1) == targets).all())
+        return log_p, greedy
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p of each whole text."""
+        """log p of each whole text, in windows that each begin where the one before ended, as lm-eval's interface has
+        them."""
         texts = [request.args[0] for request in requests]
+        size = self.max_length
         return [
-            -nll(self.model, self.vocabulary, text).double().sum().item()
+            -nll(self.model, self.vocabulary, text, size, stride=size).double().sum().item()
             for text in watched(texts, "scoring", len(texts), "texts")
         ]
 

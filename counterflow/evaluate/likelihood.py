@@ -1,7 +1,10 @@
 """What a model makes of a text: −log p of every token, in windows over texts of any length.
 
-A window is as long as the model's positions; the next one keeps half of it as context, so that after the first window
-every token has at least half a window before it. The text begins a document, and its end is not predicted.
+A window is as long as the model's positions, unless a shorter one is asked for; the next one keeps half of it as
+context, so that after the first window every token has at least half a window before it. The number moves with both,
+so whoever reports it names them. The text begins a document, and its end is not predicted.
+
+Logits are made a block of tokens at a time: those of a released model's whole window would take 85 GB.
 """
 
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from counterflow.config.run import Source
 from counterflow.data.corpus import documents, files
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
+from counterflow.kernels.head import token_blocks
 from counterflow.model.transformer import Transformer
 from counterflow.progress import Progress, sized
 from counterflow.units import bytes_
@@ -47,26 +51,46 @@ class Perplexity:
         return self.nats / self.tokens
 
 
-def windows(count: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first, end) of each window over `count` ids: tokens first … end − 1 are predicted from start on."""
+def windows(count: int, size: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first, end) of each window over `count` ids: tokens first … end − 1 are predicted from start on.
+
+    Each but the first predicts `stride` tokens. The last begins as early as its size allows, as lm-eval's does.
+    """
     first = 1
     while first < count:
-        end = min(count, first + (size if first == 1 else max(1, size // 2)))
+        end = min(count, first + (size if first == 1 else stride))
         yield max(0, end - 1 - size), first, end
         first = end
 
 
-@torch.no_grad()
-def predictions(
-    model: Transformer, ids: Int[Tensor, "S"], size: int = 0
-) -> Iterator[tuple[Float[Tensor, "T V"], Int[Tensor, "T"]]]:
-    """(log p over the vocabulary in fp32, the tokens that came), window by window; the first id is only context.
+def half(size: int) -> int:
+    """The stride of windows that keep half of the one before."""
+    return max(1, size // 2)
 
-    `size` is the window's; 0: the model's positions.
+
+def predictions(
+    model: Transformer, ids: Int[Tensor, "S"], size: int = 0, stride: int = 0
+) -> Iterator[tuple[Float[Tensor, "T V"], Int[Tensor, "T"]]]:
+    """(log p over the vocabulary in fp32, the tokens that came), block by block; the first id is only context.
+
+    `size` is the window's and `stride` how far the next one goes; 0: the model's positions, and half a window.
     """
-    for start, first, end in windows(len(ids), size or model.config.max_positions):
-        logits = model.logits(ids[None, start : end - 1])[0, first - 1 - start :]
-        yield logits.float().log_softmax(-1), ids[first:end]
+    size = size or model.config.max_positions
+    for start, first, end in windows(len(ids), size, stride or half(size)):
+        yield from window(model, ids[start:end], first - start)
+
+
+@torch.no_grad()
+def window(
+    model: Transformer, ids: Int[Tensor, "S"], first: int
+) -> Iterator[tuple[Float[Tensor, "T V"], Int[Tensor, "T"]]]:
+    """The same for `ids[first:]`, in one pass of the model over those before them."""
+    h, _ = model.trunk(ids[None, :-1], model.context(1, len(ids) - 1))
+    h, targets = h[first - 1 :], ids[first:]
+    blocks = token_blocks(len(h), len(model.head), h.is_cuda)
+    for at in blocks:
+        rows = slice(at, at + blocks.step)
+        yield (h[rows] @ model.head.t()).float().log_softmax(-1), targets[rows]
 
 
 def ids_of(model: Transformer, tokenizer: Tokenizer, text: str) -> Int[Tensor, "S"]:
@@ -74,11 +98,13 @@ def ids_of(model: Transformer, tokenizer: Tokenizer, text: str) -> Int[Tensor, "
     return torch.tensor([tokenizer.bos, *tokenizer.encode(text)], device=model.head.device)
 
 
-def nll(model: Transformer, tokenizer: Tokenizer, text: str) -> Float[Tensor, "S"]:
-    """−log p of each of the text's tokens, in nats."""
+def nll(
+    model: Transformer, tokenizer: Tokenizer, text: str, size: int = 0, stride: int = 0
+) -> Float[Tensor, "S"]:
+    """−log p of each of the text's tokens, in nats; windows as of `predictions`."""
     parts = [
         -log_p.gather(1, targets[:, None])[:, 0]
-        for log_p, targets in predictions(model, ids_of(model, tokenizer, text))
+        for log_p, targets in predictions(model, ids_of(model, tokenizer, text), size, stride)
     ]
     return torch.cat(parts) if parts else torch.zeros(0)
 
@@ -89,16 +115,16 @@ def perplexity(
     source: Source,
     most_bytes: float = float("inf"),
     shown: bool = True,
+    size: int = 0,
 ) -> Perplexity:
     """Over the documents of a source, each for itself, until so many bytes are read.   Fails: DataError without text.
 
-    Cost: one forward over every token, about half of them twice where documents are longer than a window.
+    `size` is the window's, of which the next keeps half; 0: the model's positions. Cost: one forward over every token, about half of them twice where documents are longer than a window.
     """
     found = Perplexity(0.0, 0, 0, 0)
     most = min(most_bytes, sum(path.stat().st_size for _, path in files(source)))
     with Progress(f"reading {source.path}", most, shown=shown) as progress, _told_when_interrupted(progress):
         for document in documents(source):
-            size = len(document.text.encode())
             for part in _parts(model, tokenizer, document.text, size):
                 found = found + part
                 bits = found.nats / LN2 / max(1, found.bytes)
@@ -123,11 +149,11 @@ def _told_when_interrupted(progress: Progress) -> Iterator[None]:
 
 
 def _parts(model: Transformer, tokenizer: Tokenizer, text: str, size: int) -> Iterator[Perplexity]:
-    """Of each window of a text of `size` bytes, which its windows share by their tokens."""
-    ids, done, told = ids_of(model, tokenizer, text), 0, 0
-    for log_p, targets in predictions(model, ids):
+    """Of each block of a text's windows, which share its bytes by their tokens."""
+    ids, whole, done, told = ids_of(model, tokenizer, text), len(text.encode()), 0, 0
+    for log_p, targets in predictions(model, ids, size):
         done += len(targets)
-        reached = size * done // (len(ids) - 1)
+        reached = whole * done // (len(ids) - 1)
         nats = -log_p.gather(1, targets[:, None]).double().sum().item()
         yield Perplexity(nats, len(targets), reached - told, 0)
         told = reached

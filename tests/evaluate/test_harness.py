@@ -53,12 +53,32 @@ def test_the_likelihood_of_a_continuation_is_that_of_its_tokens(lm):
 
 
 def test_rolling_likelihoods_and_texts_are_the_models(lm):
-    text = "def f(x):\n return 12345 " * 12
+    text = "def f(x):\n return 12345 " * 24
     (found,) = lm.loglikelihood_rolling([asked("loglikelihood_rolling", text)])
-    assert found == pytest.approx(-nll(lm.model, lm.vocabulary, text).sum().item(), rel=1e-5)
+    size = CONFIG.max_positions
+    apart = nll(lm.model, lm.vocabulary, text, size, stride=size)
+    assert len(apart) > 2 * size and found == pytest.approx(-apart.sum().item(), rel=1e-5)
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     (written,) = lm.generate_until([asked("generate_until", "def", settings)])
     assert [written] == list(complete(lm.model, lm.vocabulary, ["def"], Sampling(6, stops=("\n",))))
+
+
+@pytest.mark.parametrize("windows", [0.5, 1, 2, 7])
+def test_rolling_likelihoods_are_those_of_lm_evals_own_backend(lm, windows):
+    """On the same fp32 export; windows that overlap gave another number wherever a text is longer than one. The backend
+    sets the beginning token itself, so the exported tokenizer must not."""
+    pytest.importorskip("accelerate", reason="lm-eval's backend hf needs it: pip install 'lm-eval[hf]'")
+    from lm_eval.api.registry import get_model
+
+    theirs = get_model("hf").create_from_arg_string(
+        f"pretrained={lm.run},dtype=float32,device=cpu,add_bos_token=False"
+    )
+    tokens = lm.vocabulary.encode("def f(x):\n return 12345 (end)\n" * 60)[
+        : int(windows * CONFIG.max_positions)
+    ]
+    request = asked("loglikelihood_rolling", lm.vocabulary.decode(tokens))
+    (expected,), (found,) = theirs.loglikelihood_rolling([request]), lm.loglikelihood_rolling([request])
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_greedy_continuation_is_called_greedy(lm):

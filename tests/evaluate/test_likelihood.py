@@ -17,7 +17,7 @@ from counterflow.config.run import Source
 from counterflow.errors import ConfigError, DataError
 from counterflow.evaluate import likelihood
 from counterflow.evaluate.expert_load import counts, draw, expert_load, relative_load
-from counterflow.evaluate.likelihood import binoculars, ids_of, nll, perplexity, windows
+from counterflow.evaluate.likelihood import binoculars, half, ids_of, nll, perplexity, windows
 from tests.data.test_tokenizer import learnt
 from tests.model.configs import BASE, random_model
 
@@ -39,14 +39,27 @@ def uniform():
     return model
 
 
-@given(count=st.integers(1, 200), size=st.integers(1, 40))
-def test_windows_predict_every_token_once_with_half_a_window_before_it(count, size):
+@given(count=st.integers(1, 200), size=st.integers(1, 40), stride=st.sampled_from([half, int]))
+def test_windows_predict_every_token_once_with_half_a_window_before_it_or_apart(count, size, stride):
     predicted = []
-    for start, first, end in windows(count, size):
+    for start, first, end in windows(count, size, stride(size)):
         assert 0 <= start < first < end and end - 1 - start <= size
-        assert start == 0 or first - start >= size // 2
+        assert start == 0 or first - start >= (size // 2 if stride is half else 1)
+        assert start == 0 or first - start == (1 if stride is int else size - half(size) + 1) or end == count
         predicted += range(first, end)
     assert predicted == list(range(1, count))
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32, 112])
+def test_windows_apart_are_those_of_lm_eval(tokens):
+    """Each goes on from the last token of the one before, and the last begins as early as it can: of half a window, of
+    one, two and seven; lm-eval's own rule, written out."""
+    expected, done, size = [(0, 1, min(16, tokens) + 1)], min(16, tokens), 16
+    while done < tokens:
+        ends = min(tokens, done + size)
+        expected.append((ends - size, done + 1, ends + 1))
+        done = ends
+    assert list(windows(tokens + 1, size, size)) == expected and len(expected) == -(-tokens // size)
 
 
 def test_losses_are_the_plain_ones_window_by_window(tokenizer):
@@ -55,9 +68,20 @@ def test_losses_are_the_plain_ones_window_by_window(tokenizer):
     assert len(found) == len(ids) - 1 > 3 * CONFIG.max_positions
     with torch.no_grad():
         for place in (1, 7, 16, 17, 24, 25, len(ids) - 1):
-            start, _, _ = next(window for window in windows(len(ids), 16) if window[1] <= place < window[2])
+            start, _, _ = next(
+                window for window in windows(len(ids), 16, 8) if window[1] <= place < window[2]
+            )
             log_p = MODEL.logits(ids[None, start:place])[0, -1].double().log_softmax(-1)
             assert abs(found[place - 1] + log_p[ids[place]]) < 1e-4  # fp32 sums in another order
+
+
+def test_logits_are_made_a_block_at_a_time(tokenizer, monkeypatch):
+    """A window's would be its tokens × the vocabulary."""
+    whole = nll(MODEL, tokenizer, TEXT)
+    monkeypatch.setattr(likelihood, "token_blocks", lambda tokens, *_: range(0, tokens, 3))
+    blocks = [len(targets) for _, targets in likelihood.predictions(MODEL, ids_of(MODEL, tokenizer, TEXT))]
+    assert max(blocks) == 3 and sum(blocks) == len(whole)
+    assert torch.allclose(nll(MODEL, tokenizer, TEXT), whole, atol=1e-5)
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer, tmp_path):
@@ -137,18 +161,30 @@ def test_a_reading_that_is_interrupted_says_what_it_found(tokenizer, tmp_path, m
 def test_the_commands_write_what_they_measure(folder, tokenizer, capsys):
     text, one = str(folder / "text.txt"), str(folder / "one")
     assert main(["evaluate", "perplexity", text, "--run", one, "--json", str(folder / "p.json")]) == 0
-    (found,) = json.loads((folder / "p.json").read_text())["texts"]
+    report = json.loads((folder / "p.json").read_text())
+    assert (report["window"], report["stride"]) == (16, 8)
+    (found,) = report["texts"]
     expected = nll(MODEL, tokenizer, TEXT).double().sum().item() / math.log(2) / len(TEXT.encode())
     assert found["bits_per_byte"] == pytest.approx(expected)
+    said = capsys.readouterr().out
+    assert f"{expected:.4f} bits per byte" in said and "16 tokens, each 8 on from the one before" in said
+    assert main(["evaluate", "perplexity", text, "--run", one, "--window", "4"]) == 0
+    expected = nll(MODEL, tokenizer, TEXT, 4).double().sum().item() / math.log(2) / len(TEXT.encode())
     assert f"{expected:.4f} bits per byte" in capsys.readouterr().out
+    assert main(["evaluate", "perplexity", text, "--run", one, "--window", "17"]) == 2
+    assert "window is 17 and the model has 16 positions" in capsys.readouterr().err
     assert main(["evaluate", "expert-load", f"code={text}", "--run", one, "--max_tokens", "30"]) == 0
     assert (folder / "one" / "expert_load.png").is_file()
     kept = json.loads((folder / "one" / "expert_load.json").read_text())
     assert kept["first_layer"] == 1 and sum(kept["domains"]["code"]["counts"][0]) == 90
     capsys.readouterr()
     words = ["evaluate", "binoculars", text, "--observer", one, "--performer", str(folder / "two")]
-    assert main(words) == 0
-    assert f"{binoculars(MODEL, OTHER, tokenizer, TEXT):.4f}" in capsys.readouterr().out
+    (folder / "b").mkdir()
+    (folder / "b" / "text.txt").write_text("def f(x)")  # of the other's name
+    assert main([*words[:3], str(folder / "b" / "text.txt"), *words[3:]]) == 0
+    scores = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    texts = {text: TEXT, str(folder / "b" / "text.txt"): "def f(x)"}
+    assert scores == {name: f"{binoculars(MODEL, OTHER, tokenizer, one):.4f}" for name, one in texts.items()}
     assert main(["evaluate", "perplexity", text]) == 2
     assert main(["evaluate", "binoculars", text, "--observer", one]) == 2
     (folder / "empty.txt").write_text("")

@@ -26,7 +26,8 @@ def test_no_hook_rewrites_what_triton_reads():
     for path in Path(norm.__file__).parent.glob("*_triton.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             words = [ast.unparse(word) for word in getattr(node, "decorator_list", ())]
-            assert "triton.jit" not in words or "no_type_check" in words, f"{path.name}: {node.name}"
+            kernel = any(word.startswith("triton.jit") for word in words)
+            assert not kernel or "no_type_check" in words, f"{path.name}: {node.name}"
 
 
 def near(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> bool:
