@@ -1,6 +1,5 @@
 """`counterflow evaluate WHAT`: a model's worth by programs, text, experts or another model."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from counterflow.cli.files import keep
 from counterflow.cli.loading import loaded, mesh_on, precision_on
-from counterflow.errors import ConfigError, DataError, installing, nearest
+from counterflow.cli.tasks import Tasks, tasks
+from counterflow.errors import ConfigError, DataError, nearest
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -89,11 +90,11 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
         known: dict[str, Callable[[Any], Any]] = {"canonical": bench.canonical, "pass": bench.empty}
         make = known.get(wish.completions)
         texts = make(given) if make else bench.from_file(Path(wish.completions), given)
-        out = Path(wish.json) if wish.json else None
+        out = wish.json
     answers = bench.grade(given, list(texts), limits, wish.workers or os.cpu_count() or 1)
     found = bench.report(answers, wish.k, limits, settings)
     _table("HumanEval", [*_humaneval_rows(found).items()])
-    _keep(found, out)
+    keep(found, out)
 
 
 def _humaneval_rows(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,12 +129,6 @@ def _table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
     print(title)
     for name, value in rows:
         print(f"  {name:{width}}  {value}")
-
-
-def _keep(found: Mapping[str, Any], out: Path | None) -> None:
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(f"  {out}")
 
 
 @dataclass(frozen=True)
@@ -187,27 +182,13 @@ def perplexity(wish: Perplexity, mesh: "Mesh") -> None:
             f"{bytes_(one.bytes)} in {one.documents} documents, {one.tokens} tokens"
         )
         rows.append((path, said))
-        found.append(
-            {
-                "text": path,
-                **asdict(one),
-                "bits_per_byte": one.bits_per_byte,
-                "nats_per_token": one.nats_per_token,
-            }
-        )
+        means = {"bits_per_byte": one.bits_per_byte, "nats_per_token": one.nats_per_token}
+        found.append({"text": path, **asdict(one), **means})
     if not mesh.first:
         return
     _table(f"{wish.run} in {wish.precision}", rows)
-    _keep(
-        {
-            "model": wish.run,
-            "precision": wish.precision,
-            "window": window,
-            "stride": half(window),
-            "texts": found,
-        },
-        Path(wish.json) if wish.json else None,
-    )
+    report = {"model": wish.run, "precision": wish.precision, "window": window, "stride": half(window)}
+    keep(report | {"texts": found}, wish.json)
 
 
 def _window(asked: int, positions: int) -> int:
@@ -264,7 +245,7 @@ def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
     kept = {
         name: {"counts": one.tolist(), "relative_load": loads[name].tolist()} for name, one in counted.items()
     }
-    _keep(
+    keep(
         {"model": wish.run, "first_layer": model.config.num_dense_layers, "domains": kept},
         picture.with_suffix(".json"),
     )
@@ -326,56 +307,6 @@ def _named(path: str, name: str) -> str:
     if Path(path).is_dir():
         return str(Path(path) / name)
     return str(path) + name.removeprefix(Path(path).name) if Path(path).is_file() else name
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """lm-eval's tasks, with the model in this process."""
-
-    tasks: tyro.conf.Positional[tuple[str, ...]]
-    """Names of tasks, lm-eval's own or of --include_path."""
-    run: str = ""
-    """The run's folder or name, or an exported folder."""
-    include_path: str = ""
-    """A folder with tasks of your own (YAML)."""
-    num_fewshot: int = 0
-    limit: int = 0
-    """Documents of each task; 0: all."""
-    precision: str = "auto"
-    """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
-    device: str = "auto"
-    """auto (cuda if there is one), cpu or cuda."""
-    averaged: bool = False
-    json: str = ""
-    """Where the results are written too."""
-
-
-def tasks(wish: Tasks, mesh: "Mesh") -> None:
-    """Run them and print lm-eval's table."""
-    try:
-        import lm_eval  # pyright: ignore[reportMissingImports]
-        from lm_eval.utils import make_table  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            f"lm-eval is not installed ({error}); it is an extra: {installing('lm-eval')}."
-        ) from None
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
-    from counterflow.evaluate.harness import CounterflowLM
-
-    if not (wish.run and wish.tasks):
-        raise ConfigError("name a model with --run, and one task or more.")
-    found = lm_eval.simple_evaluate(
-        model=CounterflowLM(wish.run, wish.precision, wish.averaged, mesh.device.type),
-        tasks=list(wish.tasks),
-        num_fewshot=wish.num_fewshot,
-        limit=wish.limit or None,
-        task_manager=TaskManager(include_path=wish.include_path or None),
-    )
-    assert found is not None, "lm-eval gives results to its first process, and there is one"
-    print(make_table(found))
-    kept = {name: found[name] for name in ("results", "versions", "n-shot", "n-samples") if name in found}
-    _keep({"model": wish.run, "precision": wish.precision} | kept, Path(wish.json) if wish.json else None)
 
 
 EVALUATIONS: Mapping[str, tuple[Any, Callable[..., None], str]] = {

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from counterflow.cli.files import write
 from counterflow.config.load import load_run, settings
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError, nearest
@@ -241,12 +242,3 @@ def read_json(name: str) -> Any:
         return json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"'{name}' cannot be read as JSON ({error}).") from None
-
-
-def write(name: str, text: str) -> None:
-    """Write a file.   Fails: ConfigError."""
-    try:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"'{name}' cannot be written ({error.strerror}); choose another file.") from None

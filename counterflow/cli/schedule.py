@@ -18,6 +18,7 @@ from typing import Annotated
 
 import tyro
 
+from counterflow.cli.files import write
 from counterflow.errors import ConfigError, ScheduleError, nearest
 from counterflow.plan.layout import imported
 from counterflow.schedule import SCHEDULES, picture, trace
@@ -338,18 +339,11 @@ def _write_files(wish: Wish, found: Sequence[Simulated], drawn: dict[str, tuple[
         unit = "s" if "measured" in drawn else ""
         named = {title: spans for title, (spans, _) in drawn.items()}
         ranks = {title: number for title, (_, number) in drawn.items()}
-        _write(wish.svg, picture.compare(named, ranks, unit, wish.theme))
+        write(wish.svg, picture.compare(named, ranks, unit, wish.theme))
     if wish.trace:
-        _write(wish.trace, trace.write(found[0].spans))
+        write(wish.trace, trace.write(found[0].spans))
     if wish.csv:
-        _write(wish.csv, to_csv(found[0].schedule))
-
-
-def _write(name: str, text: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"'{name}' cannot be written ({error.strerror}); choose another file.") from None
+        write(wish.csv, to_csv(found[0].schedule))
 
 
 def _said(costs: Costs, latency: float) -> str:

@@ -119,7 +119,8 @@ def perplexity(
 ) -> Perplexity:
     """Over the documents of a source, each for itself, until so many bytes are read.   Fails: DataError without text.
 
-    `size` is the window's, of which the next keeps half; 0: the model's positions. Cost: one forward over every token, about half of them twice where documents are longer than a window.
+    `size` is the window's, of which the next keeps half; 0: the model's positions.
+    Cost: one forward over every token, about half of them twice where documents are longer than a window.
     """
     found = Perplexity(0.0, 0, 0, 0)
     most = min(most_bytes, sum(path.stat().st_size for _, path in files(source)))

@@ -163,8 +163,8 @@ def test_a_comparison_is_drawn_one_over_the_other(tmp_path, capsys):
         (["1f1b", "zb1p", "--csv", "x.csv"], "--csv is for one schedule, and 2 are named"),
         (["dualpipe", "--csv", "x.csv"], "PyTorch's CSV knows one pipe"),
         (
-            ["1f1b", "--svg", "/nowhere/x.svg"],
-            "'/nowhere/x.svg' cannot be written (No such file or directory)",
+            ["1f1b", "--svg", "/proc/nowhere/x.svg"],
+            "'/proc/nowhere/x.svg' cannot be written (No such file or directory)",
         ),
         (["1f1b", "--run", "runs/tiny"], "--run is for Table 2's measured column"),
         (["--table2", "--run", "/nowhere"], "--run is '/nowhere', which is no folder"),

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from counterflow.cli import main
-from counterflow.cli import main
 from counterflow.config.models import MODELS
 from counterflow.errors import ConfigError, ScheduleError
 from counterflow.plan.answer import answer
