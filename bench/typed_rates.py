@@ -127,6 +127,7 @@ def stamps(address: str, number: int, tokens: int) -> list[tuple[float, int]]:
 
 def several(address: str, numbers: list[int], tokens: int) -> list[list[tuple[float, int]]]:
     """`stamps` of several texts at once, in this process."""
+    import_module("openai")
     with ThreadPoolExecutor(max(1, len(numbers))) as pool:
         return list(pool.map(lambda number: stamps(address, number, tokens), numbers))
 
@@ -197,7 +198,7 @@ def main() -> None:
                 found["generate"].append(generated(wish.run, drafts, wish.tokens) | {"caches": "own"})
     keep()
     with ProcessPoolExecutor(CLIENTS, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(import_module, ["openai"] * CLIENTS))
+        list(pool.map(several, [""] * CLIENTS, [[]] * CLIENTS, [0] * CLIENTS))  # each imports the client
         for drafts in [DEFAULT, *wish.depths] if "serve" in wish.parts else []:
             if late():
                 break

@@ -2,10 +2,15 @@
 
 import json
 import sys
+import threading
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from counterflow.comm.mesh import Mesh
     from counterflow.data.tokenizer import Tokenizer
     from counterflow.infer.engine import EngineSettings
@@ -51,6 +56,16 @@ def say_unpacked(folder: Path, precision: str) -> None:
         print(f"Its weights are FP8 and run unpacked to {precision}: {times} the memory.", file=sys.stderr)
 
 
+def _awake(device: "torch.device") -> None:
+    """Seconds that a GPU's first product and kernel take otherwise: its context, cuBLAS, Triton."""
+    import torch
+
+    with suppress(RuntimeError, ImportError):  # whoever needs it says what is wrong
+        ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+        ones @ ones
+        import_module("triton")
+
+
 def loaded(
     folder: Path, averaged: bool, precision: str, mesh: "Mesh", settings: "EngineSettings | None" = None
 ) -> "tuple[Transformer, Tokenizer]":
@@ -64,6 +79,8 @@ def loaded(
     from counterflow.train.restore import model_of
 
     chosen = precision_on(mesh, precision)
+    if mesh.device.type == "cuda":  # while the weights are read
+        threading.Thread(target=_awake, args=[mesh.device], daemon=True).start()
     model, tokenizer = model_of(folder, averaged, chosen, mesh)
     if mesh.first and is_exported(folder):
         say_unpacked(folder, chosen)

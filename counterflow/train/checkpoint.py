@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from counterflow.comm.mesh import Mesh
 from counterflow.errors import CheckpointError
 from counterflow.train import manifest
-from counterflow.train.files import PieceWriter, system_error
+from counterflow.train.files import PieceReader, PieceWriter, system_error
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
 
 METADATA = ".metadata"
@@ -138,7 +138,7 @@ class Checkpoints:
             names = self.mesh.union(pieces)
             self.mesh.first_does(lambda: manifest.verify(path, files_of(path, names)))
         with quiet():
-            dcp.load(dict(wanted), checkpoint_id=str(path), planner=LoadPieces(), no_dist=True)
+            dcp.load(dict(wanted), storage_reader=PieceReader(path), planner=LoadPieces(), no_dist=True)
 
     def _match(self, path: Path, pieces: Mapping[str, Piece], some: bool) -> None:
         saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata

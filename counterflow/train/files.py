@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written by several threads, each file's size and CRC known when it is closed.
+"""The files of a checkpoint: written and read by several threads, each file's size and CRC known when it is closed.
 
 torch's distributed checkpoint plans which rank writes what; here is how a rank does it. Not taken: its own threads,
 which lose the error of all but one and would give a file that lacks tensors its name; and a CRC read from the disk
@@ -15,10 +15,17 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, cast
 
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -93,6 +100,25 @@ class PieceWriter(FileSystemWriter):
             raise system_error(errors[0]) or errors[0]  # what lies behind an error does not reach other ranks
         done: Future[list[WriteResult]] = Future()
         done.set_result(written)
+        return done
+
+
+class PieceReader(FileSystemReader):
+    """Reads a rank's pieces, several files at once."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fill the plan's pieces."""
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+
+        def read(items: list[ReadItem]) -> None:
+            super(PieceReader, self).read_data(replace(plan, items=items), planner).wait()
+
+        with ThreadPool(max(1, min(MOST_THREADS, len(files), os.cpu_count() or 1))) as pool:
+            pool.map(read, files.values(), chunksize=1)
+        done: Future[None] = Future()
+        done.set_result(None)
         return done
 
 

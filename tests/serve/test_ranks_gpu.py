@@ -12,7 +12,7 @@ __all__ = ["place"]
 
 def test_ranks_on_gpus_serve_what_one_serves(place, monkeypatch):
     folder, _ = place
-    words = ["--device=cuda", "--max_sequences=4"]
+    words = ["--device=cuda", "--precision=fp32", "--max_sequences=4"]
     with serving(folder, *words) as (server, _):
         alone = asked(server, GREEDY + SEEDED)
     if torch.cuda.device_count() < 2:
