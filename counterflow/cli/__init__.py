@@ -69,7 +69,8 @@ def _answered(words: list[str]) -> int:
             file=sys.stderr,
         )
         print(
-            "lower train.micro_batch_size or data.sequence_length, or set train.recompute=attention.",
+            "lower train.micro_batch_size, set train.recompute=attention, or start another run with a lower "
+            "data.sequence_length.",
             file=sys.stderr,
         )
         return 2

@@ -23,6 +23,8 @@ from counterflow.config.runs import RUNS
 from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError, nearest
 
+CHANGES = "changes"
+"""In a run.toml: what was another setting until some step; a record, and no setting."""
 LENGTHS = ("tokens", "steps", "minutes")
 """Of `train`: whoever gives one does not mean the others of the named run."""
 
@@ -35,6 +37,7 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     a run or an exported model to start from.
     """
     tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
+    tree.pop(CHANGES, None)
     for keys, value in sorted(map(_override, overrides), key=lambda given: len(given[0])):
         _plant(
             tree, keys, value
@@ -270,7 +273,7 @@ def _lines(value: Any, prefix: str) -> Iterator[str]:
         if dataclasses.is_dataclass(item) or isinstance(item, tuple):
             nested.append((field.name, cast("Any", item)))
         elif item is not None:
-            yield f"{field.name} = {_literal(item)}\n"
+            yield f"{field.name} = {literal(item)}\n"
     for name, item in nested:
         several = isinstance(item, tuple)
         for table in cast("tuple[Any, ...]", item if several else (item,)):
@@ -279,7 +282,8 @@ def _lines(value: Any, prefix: str) -> Iterator[str]:
             yield from _lines(table, f"{prefix}{name}.")
 
 
-def _literal(item: Any) -> str:
+def literal(item: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, str):

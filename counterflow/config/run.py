@@ -63,8 +63,9 @@ class LearningRate:
 
     peak: float = 2.2e-4
     warmup: float = 0.0085
-    """Linear from 0 over this fraction of the run. The report's 2K steps are 0.0019 of its tokens, since they lie at
-    the start of its batch ramp; 0.0085 would be 2K steps of its full batch."""
+    """Linear over this fraction of the run: a step's rate is that at its end, so that the first is not 0. The report's
+    2K steps are 0.0019 of its tokens, since they lie at the start of its batch ramp; 0.0085 would be 2K steps of its
+    full batch."""
     warmup_steps: int = 0
     """Optimizer steps that the warm-up has at least; a shorter run warms up until `constant_until`."""
     constant_until: float = 0.676
@@ -91,8 +92,8 @@ class Train:
     """How a model is trained. [§4.2]"""
 
     tokens: float = 1.5e6
-    """Length of the run, in trained tokens. Of tokens, steps and minutes the shortest that is not 0 holds; giving one
-    sets aside what the named run has of the others."""
+    """Length of the run, in trained tokens, rounded up to whole batches. Of tokens, steps and minutes the shortest that
+    is not 0 holds; giving one sets aside what the named run has of the others."""
     steps: int = 0
     """Length in optimizer steps."""
     minutes: float = 0.0
@@ -106,6 +107,8 @@ class Train:
     """Sequences of the first step; 0: no ramp."""
     batch_ramp_until: float = 0.0317
     """The batch grows linearly over this fraction of the run."""
+    batch_increment: int = 0
+    """Sequences by which it grows at a time; 0: as few as the layout in which the run begins allows."""
     micro_batch_size: int = 8
     """Sequences that go through the model at once; gradients accumulate over the others."""
     lr: LearningRate = field(default_factory=LearningRate)
@@ -144,6 +147,8 @@ class Train:
         self._require_length()
         for name in ("batch_size", "micro_batch_size"):
             _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("batch_start", "batch_increment"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
         if self.batch_size % self.micro_batch_size or self.batch_start % self.micro_batch_size:
             raise ConfigError(
                 f"train.batch_size is {self.batch_size} and train.batch_start {self.batch_start}; both must "

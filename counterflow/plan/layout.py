@@ -1,6 +1,8 @@
 """What a run's parallel settings mean: its schedule for a number of micro-batches, and which numbers it may have."""
 
 import importlib
+from dataclasses import replace
+from math import lcm
 from pathlib import Path
 
 from counterflow.config.run import Parallel, RunConfig
@@ -73,25 +75,44 @@ def allowed_microbatches(parallel: Parallel) -> tuple[int, int]:
     )
 
 
-def require_layout(run: RunConfig) -> tuple[int, int]:
-    """(multiple, least) of a batch in samples.   Fails (ConfigError) where batches, stages or dispatch do not fit."""
+def allowed_batches(run: RunConfig) -> tuple[int, int]:
+    """(multiple, least) in samples: a batch is a multiple of the first and at least the second."""
+    multiple, least = allowed_microbatches(run.parallel)
+    unit = run.train.micro_batch_size * run.parallel.data
+    return multiple * unit, least * unit
+
+
+def begun(run: RunConfig) -> RunConfig:
+    """The run with its batches decided: without an increment given, as fine a ramp as its layout allows."""
+    train = run.train
+    if not train.batch_start or train.batch_increment:
+        return run
+    return replace(run, train=replace(train, batch_increment=allowed_batches(run)[0]))
+
+
+def continued_in(run: RunConfig, increment: int) -> RunConfig:
+    """The run in a layout that it was not begun in, its ramp by `increment`: the same batches where it allows them.
+
+    Else the ramp is coarser, or begins higher, by as little as will do. There always is such a ramp where the layout
+    allows the full batch: that is a multiple of what it asks.
+    """
+    train, (multiple, least) = run.train, allowed_batches(run)
+    if not train.batch_start:
+        return run
+    start = -(-max(train.batch_start, least) // multiple) * multiple
+    grown = lcm(train.batch_increment or increment or 1, multiple)
+    train = replace(train, batch_start=min(start, train.batch_size), batch_increment=grown)
+    return replace(run, train=train)
+
+
+def require_layout(run: RunConfig) -> None:
+    """Refuse (ConfigError) a layout that batches, stages or dispatch do not fit."""
     if run.parallel.dispatch_fp8 and run.parallel.expert == 1:
         raise ConfigError(
             "parallel.dispatch_fp8 is true and parallel.expert 1; no token is sent to an expert then: leave the first "
             "out, or share experts with parallel.data=2 parallel.expert=2."
         )
-    multiple, least = allowed_microbatches(run.parallel)
-    unit = run.train.micro_batch_size * run.parallel.data
-    for name in ("batch_size", "batch_start"):
-        value = getattr(run.train, name)
-        if (value % (multiple * unit) or value < least * unit) and (value or name == "batch_size"):
-            near = max(least, -(-value // (multiple * unit)) * multiple)
-            raise ConfigError(
-                f"train.{name} is {value} with {run.parallel.schedule} on {run.parallel.pipeline} pipeline and "
-                f"{run.parallel.data} data ranks and train.micro_batch_size {run.train.micro_batch_size}; it must be a "
-                f"multiple of {multiple * unit} and at least {least * unit}: take {near * unit}, or another "
-                "train.micro_batch_size."
-            )
+    _require_batches(run)
     if run.parallel.pipeline > 1:
         if run.train.recompute == "layer":
             raise ConfigError(
@@ -99,8 +120,30 @@ def require_layout(run: RunConfig) -> tuple[int, int]:
                 "set train.recompute=attention."
             )
         try:
-            schedule = schedule_of(run.parallel, run.train.batch_size // unit)
+            unit = run.train.micro_batch_size * run.parallel.data
+            made = [schedule_of(run.parallel, batch // unit) for batch in _to_be_tried(run)]
         except ScheduleError as error:
             raise ConfigError(f"parallel.schedule: {error}") from None
-        stage_plans(run.model, schedule.stages, run.parallel.placement)
-    return multiple * unit, least * unit
+        stage_plans(run.model, made[0].stages, run.parallel.placement)
+
+
+def _to_be_tried(run: RunConfig) -> list[int]:
+    """Batches of the run for which a schedule is made beforehand: the full one, and those of the ramp where nobody
+    has said which the schedule allows."""
+    train, named = run.train, run.parallel.schedule in SCHEDULES
+    ramp = range(train.batch_start, train.batch_size, train.batch_increment or train.batch_size)
+    return [train.batch_size, *(() if named or not train.batch_start else ramp)]
+
+
+def _require_batches(run: RunConfig) -> None:
+    """Every batch of the run is one that the layout allows if the first, the last and the increment are."""
+    parallel, train, (multiple, least) = run.parallel, run.train, allowed_batches(run)
+    for name, fewest in (("batch_size", least), ("batch_start", least), ("batch_increment", multiple)):
+        value = getattr(train, name) if train.batch_start or name == "batch_size" else 0
+        if (value % multiple or value < fewest) and (value or name == "batch_size"):
+            near = -(-max(value, fewest) // multiple) * multiple
+            raise ConfigError(
+                f"train.{name} is {value} with {parallel.schedule} on {parallel.pipeline} pipeline and "
+                f"{parallel.data} data ranks and train.micro_batch_size {train.micro_batch_size}; it must be a "
+                f"multiple of {multiple} and at least {fewest}: take {near}, or another train.micro_batch_size."
+            )

@@ -4,42 +4,30 @@ So a finished run says so and a wrong setting is refused at once, before ranks a
 the same functions again, with what only it can know, such as the precision that `auto` means here.
 """
 
-import dataclasses
 import fcntl
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from counterflow.config.load import settings
 from counterflow.config.run import RunConfig
 from counterflow.data.corpus import documents
 from counterflow.data.tokenizer import require_tokenizer
 from counterflow.errors import CheckpointError, ConfigError, installing
 from counterflow.plan.count import count_parameters
-from counterflow.plan.layout import require_layout
+from counterflow.plan.layout import begun, continued_in, require_layout
 from counterflow.progress import say
 from counterflow.train import lr
+from counterflow.train.changes import Change, changes
 from counterflow.train.folder import CHECKPOINTS, REPORT, RUN_TOML, run_config
-from counterflow.train.lr import Grain
 from counterflow.train.manifest import path_of, state_of, steps_of, verify
 from counterflow.train.patience import Patience
 from counterflow.units import bytes_
 
-FREE_TO_CHANGE = (
-    "keep",
-    "name",
-    "data.cache_dir",
-    "train.threads",
-    "train.device",
-    "train.patience",
-    "parallel",
-)
-"""Settings that a resumed run may have otherwise: they do not decide its numbers, or only by rounding."""
 BYTES_EACH = 16
 """Of a parameter in training: fp32 master, gradient and two moments."""
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -48,7 +36,6 @@ GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 def is_complete(run: RunConfig) -> bool:
     """Whether the run is trained already, which is then said.   Fails: CounterflowError for what can be refused now."""
-    require_layout(run)
     require_tracker(run)
     if on_cpu(run):
         require_memory(run)
@@ -62,12 +49,6 @@ def is_complete(run: RunConfig) -> bool:
     return False
 
 
-def in_tokens(run: RunConfig) -> RunConfig:
-    """The run with its length in tokens where it is given in steps.   Fails: CounterflowError for an unfit layout."""
-    train = lr.in_tokens(run.train, run.data.sequence_length, Grain(*require_layout(run)))
-    return dataclasses.replace(run, train=train)
-
-
 def on_cpu(run: RunConfig) -> bool:
     """Whether a run is surely one of this machine's processors, as far as can be told without torch."""
     return run.train.device == "cpu" or (sys.platform == "linux" and not any(map(os.path.exists, GPUS)))
@@ -76,6 +57,7 @@ def on_cpu(run: RunConfig) -> bool:
 def _is_complete(run: RunConfig, folder: Path) -> bool:
     """By the newest checkpoint alone; one that is damaged is for `begin` to pass over."""
     if run.keep.resume == "never":
+        continued(run, folder, 0)
         return False
     step = newest(folder / CHECKPOINTS)
     require_resumable(run, folder, step)
@@ -101,9 +83,8 @@ def begin(run: RunConfig, folder: Path) -> int | None:
 
 
 def require_resumable(run: RunConfig, folder: Path, step: int) -> None:
-    """Refuse to go on from a step under other settings, or from none where there must be one."""
-    if step:
-        require_same_settings(continued(run, folder, step), folder, step)
+    """Refuse what cannot go on from a step, or an unfit layout, or to begin where there must be a checkpoint."""
+    changed_at(continued(run, folder, step), folder, step)
     if run.keep.resume == "must" and not step:
         raise CheckpointError(
             f"{folder} has no checkpoint and keep.resume is 'must'; start with keep.resume=auto."
@@ -113,21 +94,35 @@ def require_resumable(run: RunConfig, folder: Path, step: int) -> None:
 def trained_by(run: RunConfig, folder: Path, step: int) -> bool:
     """Whether by a step that has a checkpoint all that the run plans is trained, or its patience is over."""
     run, state = continued(run, folder, step), state_of(path_of(folder / CHECKPOINTS, step))
-    planned = lr.total_samples(run.train, run.data.sequence_length, Grain(*require_layout(run)))
+    planned = lr.total_samples(run.train, run.data.sequence_length)
     return state["sample"] >= planned or Patience(run.train.patience, state).is_over
 
 
 def continued(run: RunConfig, folder: Path, step: int) -> RunConfig:
-    """The run with its length in tokens: those decided when it began, where it asks for the same minutes and steps.
+    """The run with its batches and its length in tokens: those decided when it began, where it asks for the same.
 
-    Other layouts have other batches on the way to the full one, so that as many steps would be other tokens.
+    Fails: CounterflowError for a layout that cannot run it.
     """
-    asked = asked_of(run)
-    if not step or not any(asked.values()) or asked != bounds_of(folder, step):
-        return in_tokens(run)
-    decided = run_config(folder).train.tokens
-    tokens = min(run.train.tokens or decided, decided)
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, tokens=tokens, steps=0, minutes=0.0))
+    run = continued_in(run, begun(run_config(folder)).train.batch_increment) if step else begun(run)
+    require_layout(run)
+    asked, train = asked_of(run), lr.in_tokens(run.train, run.data.sequence_length)
+    if step and any(asked.values()) and asked == bounds_of(folder, step):
+        decided = run_config(folder).train.tokens
+        train = replace(run.train, tokens=min(run.train.tokens or decided, decided), steps=0, minutes=0.0)
+    return replace(run, train=train)
+
+
+def changed_at(run: RunConfig, folder: Path, step: int) -> list[Change]:
+    """What is another setting in the run that goes on from a step; `run` as it was `continued`.
+
+    Fails: ConfigError for what cannot be another one.
+    """
+    if not step:
+        return []
+    before = begun(run_config(folder))
+    if run.train.minutes:
+        before = replace(before, train=replace(before.train, minutes=bounds_of(folder, step)["minutes"]))
+    return changes(before, run, folder, step)
 
 
 def asked_of(run: RunConfig) -> dict[str, float]:
@@ -186,46 +181,6 @@ def move_aside(folder: Path) -> None:
         folder.rename(aside)
         say(f"The earlier run is now {aside}.")
         folder.mkdir(parents=True)
-
-
-def require_same_settings(run: RunConfig, folder: Path, step: int) -> None:
-    """Refuse to go on with a checkpoint under settings that would have made another one."""
-    before = run_config(folder)
-    if run.train.minutes:
-        minutes = bounds_of(folder, step)["minutes"]
-        asked = dataclasses.replace(before.train, minutes=minutes)
-        before = dataclasses.replace(before, train=asked)
-    changed = list(differences(before, run))
-    if changed:
-        raise ConfigError(
-            f"{folder} holds a run with other settings: {'; '.join(changed[:3])}. Choose another folder with "
-            "name=... or keep.folder=..., take the old settings, start anew with keep.resume=never, or start from its "
-            f"weights in another folder with --from {folder}."
-        )
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
-    """Settings that decide numbers and are not the same, as 'key was x, is y'; `auto` is anything, until decided."""
-    for name in settings(type(old)):
-        key, before, after = prefix + name, getattr(old, name), getattr(new, name)
-        if before == after or after == "auto" or key in FREE_TO_CHANGE:
-            continue
-        if dataclasses.is_dataclass(before) and type(before) is type(after):
-            yield from differences(before, after, key + ".")
-        elif isinstance(before, tuple) and len(before) == len(after):
-            for place, (one, other) in enumerate(zip(before, after)):
-                yield from differences(one, other, f"{key}.{place}.")
-        else:
-            yield f"{key} was {_shown(before)}, is {_shown(after)}"
-
-
-def _shown(value: Any) -> str:
-    """As one writes it on the command line."""
-    if isinstance(value, tuple):
-        return " and ".join(f"'{getattr(item, 'path', item)}'" for item in value)
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    return f"'{value}'" if isinstance(value, str) else f"{value}"
 
 
 def newest(checkpoints: Path) -> int:

@@ -125,6 +125,11 @@ class Checkpoints:
         """Compare every file with the manifest.   Fails: CheckpointError with the first file that differs."""
         manifest.verify(self.path(step))
 
+    def holds(self, step: int, kind: str) -> bool:
+        """Whether a checkpoint has tensors whose names begin so.   Fails: CheckpointError if its index is damaged."""
+        manifest.verify(self.path(step), [METADATA])
+        return any(name.startswith(kind) for name in self._saved(step))
+
     def load(self, step: int, pieces: Mapping[str, Piece | Tensor], some: bool = False) -> None:
         """Fill the pieces in place; with `some`, the checkpoint may hold more than are asked for.
 
@@ -133,15 +138,18 @@ class Checkpoints:
         """
         path, wanted = self.path(step), _pieces(pieces)
         self.mesh.first_does(lambda: manifest.verify(path, [METADATA] if some else None))
-        self.mesh.all_do(lambda: self._match(path, wanted, some))
+        self.mesh.all_do(lambda: self._match(step, wanted, some))
         if some:
             names = self.mesh.union(pieces)
             self.mesh.first_does(lambda: manifest.verify(path, files_of(path, names)))
         with quiet():
             dcp.load(dict(wanted), storage_reader=PieceReader(path), planner=LoadPieces(), no_dist=True)
 
-    def _match(self, path: Path, pieces: Mapping[str, Piece], some: bool) -> None:
-        saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
+    def _saved(self, step: int) -> Mapping[str, Any]:
+        return dcp.FileSystemReader(str(self.path(step))).read_metadata().state_dict_metadata
+
+    def _match(self, step: int, pieces: Mapping[str, Piece], some: bool) -> None:
+        path, saved = self.path(step), self._saved(step)
         for name in sorted(set(self.mesh.union(pieces)) ^ set(saved)):
             if name not in saved:
                 raise CheckpointError(f"{path} has no tensor '{name}'; {ANOTHER_MODEL}")

@@ -15,15 +15,15 @@ from counterflow.data.tokenizer import learnt_folder, load, require_tokenizer
 from counterflow.plan.cost import Costs
 from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Layout, job_of
-from counterflow.plan.layout import require_layout, schedule_of
+from counterflow.plan.layout import schedule_of
 from counterflow.plan.memory import Memory, memory
 from counterflow.plan.stages import stage_plans
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.words import Part, Plan
 from counterflow.train import lr
 from counterflow.train.begin import (
+    continued,
     folder_for,
-    in_tokens,
     machine_bytes,
     newest,
     on_cpu,
@@ -32,7 +32,6 @@ from counterflow.train.begin import (
     trained_by,
 )
 from counterflow.train.folder import CHECKPOINTS
-from counterflow.train.lr import Grain
 from counterflow.units import aligned, bytes_, count
 
 SHOWN = 400
@@ -53,7 +52,7 @@ def dry_run(run: RunConfig) -> str:
     elif step:
         complete = trained_by(run, folder, step)
         where = f"The run in {folder} {'is complete, at' if complete else 'would go on from'} step {step}."
-    run = in_tokens(run)
+    run = continued(run, folder, step)
     parts = [
         to_toml(run),
         *_layout(run),
@@ -71,10 +70,8 @@ def dry_run(run: RunConfig) -> str:
 def _layout(run: RunConfig) -> Iterator[str]:
     """Steps, batches, and what each rank holds."""
     parallel, train, length = run.parallel, run.train, run.data.sequence_length
-    grain = Grain(*require_layout(run))
-    samples = lr.total_samples(train, length, grain)
     each = train.batch_size // train.micro_batch_size // parallel.data
-    planned = f"{lr.num_steps(train, length, grain)} steps, {count(samples * length)} tokens"
+    planned = f"{lr.num_steps(train, length)} steps, {count(lr.end(train, length) * length)} tokens"
     if train.minutes:
         most = f", {planned} at most" if train.tokens else ""
         planned = f"As many tokens as {train.minutes:g} minutes allow, by steps timed at the start{most}"

@@ -49,7 +49,7 @@ def fit(trainer: Trainer) -> None:
     def decide() -> tuple[Train, str]:
         steps = affordable(trainer, asked.minutes * 60 - spent, pace)
         fewest = replace(asked, steps=steps, minutes=0.0)
-        train = lr.in_tokens(fewest, trainer.run.data.sequence_length, trainer.grain)
+        train = lr.in_tokens(fewest, trainer.run.data.sequence_length)
         return train, described(trainer, train, pace)
 
     train, line = mesh.first_does(decide)
@@ -95,11 +95,9 @@ def each(trainer: Trainer, pace: Pace) -> float:
 def described(trainer: Trainer, train: Train, pace: Pace) -> str:
     """What was decided, as the user reads it."""
     length, minutes = trainer.run.data.sequence_length, trainer.run.train.minutes
-    steps = lr.num_steps(train, length, trainer.grain)
-    tokens = lr.total_samples(train, length, trainer.grain) * length
+    steps, tokens = lr.num_steps(train, length), lr.end(train, length) * length
     whole = steps * each(trainer, pace) + trainer.samples.num_held_out * pace.held_out
     return (
         f"About {train.batch_size * length / pace.step:,.0f} tokens/s here: training {tokens:,} tokens in {steps:,} "
-        f"steps, about {seconds(whole)} (train.minutes is {minutes:g}); set train.tokens or train.minutes for another "
-        "length."
+        f"steps, about {seconds(whole)} (train.minutes is {minutes:g}); set train.tokens for another length."
     )

@@ -29,7 +29,6 @@ from counterflow.comm.mesh import Mesh, device_for, objects_group
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError, first_line
 from counterflow.interrupt import end_now, end_with_parent, heard
-from counterflow.plan.layout import require_layout
 from counterflow.train.environment import Place, place_here, started
 
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -55,7 +54,6 @@ SAVED = (
 
 def start(run: RunConfig, words: Sequence[str]) -> int:
     """Train a run in this process or in its own ranks, started as `counterflow train WORDS`; the exit code."""
-    require_layout(run)
     if started() is None and run.parallel.processes > 1:
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
         return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)

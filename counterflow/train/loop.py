@@ -1,8 +1,8 @@
 """A run from its settings to its last checkpoint: started, resumed, measured, stopped, and never lost.
 
 Its folder holds run.toml, provenance.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/, report.html and
-picture.png. Starting a run in a folder that has one goes on from its newest checkpoint, and refuses if any setting
-that decides its numbers is another one now.
+picture.png. Starting a run in a folder that has one goes on from its newest checkpoint; what may be another setting
+then is in `changes.py`.
 """
 
 import dataclasses
@@ -29,20 +29,29 @@ from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
 from counterflow.progress import Progress, say
 from counterflow.train import lr
-from counterflow.train.begin import asked_of, begin, continued, folder_for, locked, require_memory
+from counterflow.train.begin import (
+    asked_of,
+    begin,
+    changed_at,
+    continued,
+    folder_for,
+    locked,
+    require_memory,
+)
 from counterflow.train.behind import Behind
+from counterflow.train.changes import recorded, together
+from counterflow.train.changes import to_toml as changes_to_toml
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.collapse import Collapses
 from counterflow.train.fit import fit
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
-from counterflow.train.lr import Grain
 from counterflow.train.metrics import Metrics, Tracker, facts
 from counterflow.train.patience import Patience
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import write_start
 from counterflow.train.timeline import write_timeline
-from counterflow.train.trainer import Trainer
+from counterflow.train.trainer import AVERAGES, Trainer
 from counterflow.units import count, seconds
 
 FIRST_RECORD, RECORD = 3, 50
@@ -115,9 +124,10 @@ def resolve(run: RunConfig) -> RunConfig:
 
 
 def write_run(run: RunConfig, folder: Path, step: int, samples: Samples) -> None:
-    """The whole configuration, where it runs, and the tokenizer: before the first step."""
+    """The whole configuration and what was changed in it, where it runs, and the tokenizer: before the first step."""
+    kept = together(recorded(folder), changed_at(run, folder, step), step) if step else []
     beside = folder / (RUN_TOML + ".new")
-    beside.write_text(to_toml(run), encoding="utf-8")
+    beside.write_text(to_toml(run) + changes_to_toml(kept), encoding="utf-8")
     beside.rename(folder / RUN_TOML)
     name = f"provenance-{step}.json" if step else "provenance.json"
     (folder / name).write_text(json.dumps(provenance(), indent=1))
@@ -139,15 +149,21 @@ def resume(trainer: Trainer, checkpoints: Checkpoints, state: Mapping[str, Any])
             "changed. Bring the old text back, start anew with keep.resume=never, or start from these weights in "
             f"another folder with name=... --from {checkpoints.folder.parent}."
         )
-    checkpoints.load(step, trainer.pieces())
-    trainer.loaded(state["sample"], step)
+    averaged = trainer.mesh.first_does(lambda: checkpoints.holds(step, AVERAGES))
+    pieces = {
+        name: piece for name, piece in trainer.pieces().items() if averaged or not name.startswith(AVERAGES)
+    }
+    checkpoints.load(step, pieces, some=averaged and trainer.ema is None)
+    trainer.loaded(state["sample"], step, averaged)
 
 
 def introduce(trainer: Trainer, folder: Path, step: int) -> None:
     """One line on what is about to be trained, after settings that change nothing in it."""
     run, samples = trainer.run, trainer.samples
     counts, length = count_parameters(run.model), run.data.sequence_length
-    tokens, parallel, where = trainer.total * length, run.parallel, run.train.device
+    left = lr.num_steps(run.train, length, trainer.sample)
+    tokens = lr.end(run.train, length, trainer.sample) * length
+    parallel, where = run.parallel, run.train.device
     if parallel.processes > 1:
         how = f"{parallel.schedule} over {parallel.pipeline}" if parallel.pipeline > 1 else "1"
         where = f"{parallel.processes} {where} processes ({how} pipeline × {parallel.data} data ranks)"
@@ -158,9 +174,11 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
     say(
         f"{'Going on with' if step else 'Training'} {run.name}{start}: {count(counts.total)}{mtp} parameters in "
         f"{run.train.precision} on {where}, {count(tokens)} tokens ({tokens / samples.train_tokens:.2g} times the "
-        f"corpus) in {lr.num_steps(run.train, length, trainer.grain)} steps{f', from step {step}' if step else ''}; "
-        f"{folder}/"
+        f"corpus) in {step + left} steps{f', from step {step}' if step else ''}; {folder}/"
     )
+    for change in recorded(folder):
+        if step and change.step == step:
+            say(f"counterflow: from step {step} on {change}.", sys.stderr)
 
 
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mapping[str, Any]) -> int:
@@ -201,10 +219,11 @@ def run_steps(
     keep, start, mesh = trainer.run.keep, time.perf_counter() - state.get("seconds", 0.0), trainer.mesh
     stopped, last, collapses, length = 0, False, Collapses(), trainer.run.data.sequence_length
     patience = Patience(trainer.run.train.patience, state)
-    planned = lr.num_steps(trainer.run.train, length, trainer.grain), trainer.total * length
+    whole = lr.end(trainer.run.train, length, trainer.sample)
+    planned = trainer.steps + lr.num_steps(trainer.run.train, length, trainer.sample), whole * length
     with ExitStack() as stack:
         metrics = open_metrics(trainer, folder, stack)
-        progress = Progress("", trainer.total, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
+        progress = Progress("", whole, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
         stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
         saver = stack.enter_context(Behind(checkpoints, keep.checkpoint_async, progress.note))
@@ -230,6 +249,7 @@ def run_steps(
                 place = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 asked = {name: state.get(name, 0) for name in ("minutes", "steps")}
                 began = {"fingerprint": trainer.samples.fingerprint, **asked}
+                trainer.require_sound()
                 saver.save(trainer.steps, trainer.pieces(), place | began | patience.state())
     return 0 if last else stopped, time.perf_counter() - start
 
@@ -240,7 +260,8 @@ def open_metrics(trainer: Trainer, folder: Path, stack: ExitStack) -> Metrics | 
 
     def first() -> None:
         tracker = Tracker(folder, trainer.run) if trainer.run.keep.wandb else None
-        opened.append(stack.enter_context(closing(Metrics(folder, trainer.steps, tracker))))
+        changed = [change._asdict() for change in recorded(folder) if change.step == trainer.steps]
+        opened.append(stack.enter_context(closing(Metrics(folder, trainer.steps, tracker, changed))))
 
     trainer.mesh.first_does(first)
     return opened[0] if opened else None
@@ -248,7 +269,7 @@ def open_metrics(trainer: Trainer, folder: Path, stack: ExitStack) -> Metrics | 
 
 def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """One step; that of `parallel.record_step` leaves its timeline."""
-    if trainer.pipeline is None or trainer.steps + 1 not in recorded_steps(trainer.run, trainer.grain):
+    if trainer.pipeline is None or trainer.steps + 1 not in recorded_steps(trainer.run):
         return trainer.step()
     recorder = Recorder(trainer.device)
     values = trainer.step(recorder)
@@ -259,11 +280,11 @@ def timed_step(trainer: Trainer, folder: Path) -> dict[str, Any]:
     return values
 
 
-def recorded_steps(run: RunConfig, grain: Grain) -> tuple[int, ...]:
+def recorded_steps(run: RunConfig) -> tuple[int, ...]:
     """The steps that leave their timeline, each over the one before."""
     if run.parallel.record_step:
         return (run.parallel.record_step,)
-    whole = lr.num_steps(run.train, run.data.sequence_length, grain)
+    whole = lr.num_steps(run.train, run.data.sequence_length)
     return min(FIRST_RECORD, whole), max(min(FIRST_RECORD, whole), min(RECORD, whole // 2))
 
 

@@ -1,15 +1,15 @@
 """What changes over a run, as functions of the share of its tokens already seen: rate, λ, γ, batch.
 
-No state: a resumed run asks the same functions at the same place. The batch ramp's shape is not published; here it
-is linear in tokens, in steps that the schedule allows, and the last step is cut (or, where so few micro-batches are
-not allowed, the one before it grown) so that the run ends where it was planned.
+No state: a resumed run asks the same functions at the same place, and no layout is asked: a run that goes on in another
+one trains the same batches. The batch ramp's shape is not published; here it is linear in tokens, by
+`train.batch_increment`. Every batch is whole, the last one too, so that a layout which can run the first batch and
+the increment can run them all. Not taken: a last batch cut to the planned length, which other layouts could not run.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
 
 from counterflow.config.run import Train
 
@@ -17,7 +17,8 @@ from counterflow.config.run import Train
 def learning_rate(train: Train, done: float, warmup: float = 0.0) -> float:
     """Linear warm-up, constant, cosine to the floor, constant, and a last lower constant. [§4.2]
 
-    `warmup` is the share of the run that the warm-up takes at least.
+    `done` is the share at the end of the step, so that the first one trains too; `warmup` the share of the run that the
+    warm-up takes at least.
     """
     lr = train.lr
     warmup = max(warmup, lr.warmup)
@@ -45,70 +46,68 @@ def bias_speed(train: Train, done: float, warmup: float = 0.0) -> float:
     return train.bias_speed_start + (train.bias_speed - train.bias_speed_start) * done / warmup
 
 
-class Grain(NamedTuple):
-    """Samples that a batch is a multiple of, and the fewest it may have: what micro-batches and the schedule allow."""
-
-    multiple: int
-    least: int
-
-
-def in_tokens(train: Train, sequence_length: int, grain: Grain) -> Train:
+def in_tokens(train: Train, sequence_length: int) -> Train:
     """The same length without `steps`: as many tokens as those have, where they are fewer."""
     if not train.steps:
         return train
-    low, high = 1, train.steps * train.batch_size // grain.multiple
+    low, high = 1, train.steps * train.batch_size
     while low < high:  # searched for, since the ramp is a share of the length
         middle = (low + high + 1) // 2
-        longer = replace(train, steps=0, tokens=middle * grain.multiple * sequence_length)
-        fits = num_steps(longer, sequence_length, grain) <= train.steps
+        longer = replace(train, steps=0, tokens=float(middle * sequence_length))
+        fits = num_steps(longer, sequence_length) <= train.steps
         low, high = (middle, high) if fits else (low, middle - 1)
-    tokens = float(low * grain.multiple * sequence_length)
+    tokens = float(low * sequence_length)
     return replace(train, steps=0, tokens=min(train.tokens or tokens, tokens))
 
 
-def total_samples(train: Train, sequence_length: int, grain: Grain | None = None) -> int:
-    """Sequences of the whole run: its tokens, rounded up to what a batch may be."""
-    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
-    return max(math.ceil(train.tokens / (sequence_length * grain.multiple)) * grain.multiple, grain.least)
+def total_samples(train: Train, sequence_length: int) -> int:
+    """Sequences that hold the run's tokens: whoever has trained on as many is done, in whatever layout."""
+    return max(1, math.ceil(train.tokens / sequence_length))
 
 
-def batch_size(train: Train, sequence_length: int, sample: int, grain: Grain | None = None) -> int:
-    """Sequences of the step that begins at global sample index `sample`; the last step takes what is left."""
-    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
-    total = total_samples(train, sequence_length, grain)
-    batch, ramp = train.batch_size, train.batch_ramp_until * total
-    if train.batch_start and sample < ramp:
-        grown = train.batch_start + (train.batch_size - train.batch_start) * sample / ramp
-        batch = int(grown / grain.multiple) * grain.multiple
-    left = total - sample
-    return left if left - batch < grain.least else batch
+def batch_size(train: Train, sequence_length: int, sample: int) -> int:
+    """Sequences of the step that begins at global sample index `sample`."""
+    ramp = train.batch_ramp_until * total_samples(train, sequence_length)
+    if not train.batch_start or sample >= ramp:
+        return train.batch_size
+    grown, unit = (train.batch_size - train.batch_start) * sample / ramp, train.batch_increment
+    unit = unit or train.micro_batch_size
+    return train.batch_start + int(grown / unit) * unit
 
 
-def steps(train: Train, sequence_length: int, grain: Grain | None = None) -> Iterator[int]:
-    """The batch of every step of the run, in order."""
-    sample, total = 0, total_samples(train, sequence_length, grain)
+def steps(train: Train, sequence_length: int, sample: int = 0) -> Iterator[int]:
+    """The batch of every step of the run from `sample` on, in order."""
+    total = total_samples(train, sequence_length)
     while sample < total:
-        batch = batch_size(train, sequence_length, sample, grain)
+        batch = batch_size(train, sequence_length, sample)
         yield batch
         sample += batch
 
 
-def warmup(train: Train, sequence_length: int, grain: Grain | None = None) -> float:
+def warmup(train: Train, sequence_length: int) -> float:
     """Share of the run's samples that the warm-up takes: `lr.warmup`, or as many as its least number of steps has.
 
     The latter not beyond the end of the constant phase, so that the phases keep their order.
     """
-    least = sum(islice(steps(train, sequence_length, grain), train.lr.warmup_steps))
-    share = least / total_samples(train, sequence_length, grain)
+    least = sum(islice(steps(train, sequence_length), train.lr.warmup_steps))
+    share = least / total_samples(train, sequence_length)
     return max(train.lr.warmup, min(share, train.lr.constant_until))
 
 
-def num_steps(train: Train, sequence_length: int, grain: Grain | None = None) -> int:
-    """Optimizer steps of the whole run: those of the ramp one by one, the rest by division."""
-    grain = grain or Grain(train.micro_batch_size, train.micro_batch_size)
-    sample, count, total = 0, 0, total_samples(train, sequence_length, grain)
+def num_steps(train: Train, sequence_length: int, sample: int = 0) -> int:
+    """Optimizer steps of the run from `sample` on: those of the ramp one by one, the rest by division."""
+    return _rest(train, sequence_length, sample)[0]
+
+
+def end(train: Train, sequence_length: int, sample: int = 0) -> int:
+    """The global sample index at which the run that goes on at `sample` ends, its last batch whole."""
+    return _rest(train, sequence_length, sample)[1]
+
+
+def _rest(train: Train, sequence_length: int, sample: int) -> tuple[int, int]:
+    total, count = total_samples(train, sequence_length), 0
     while train.batch_start and sample < min(total, train.batch_ramp_until * total):
-        sample += batch_size(train, sequence_length, sample, grain)
+        sample += batch_size(train, sequence_length, sample)
         count += 1
-    whole, rest = divmod(total - sample, train.batch_size)
-    return count + whole + (rest >= grain.least or (rest > 0 and not whole))
+    whole = max(0, math.ceil((total - sample) / train.batch_size))
+    return count + whole, sample + whole * train.batch_size

@@ -10,7 +10,7 @@ import json
 import math
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Writes the steps after `step`, the one resumed from, to a folder's metrics.jsonl and TensorBoard.
 
-    What is there of later steps, or torn, is dropped. The old file stays whole until the new one replaces it.
+    What is there of later steps, or torn, is dropped. The old file stays whole until the new one replaces it. The first
+    line says what was `changed`.
     """
 
-    def __init__(self, folder: Path, step: int, tracker: "Tracker | None" = None) -> None:
+    def __init__(
+        self, folder: Path, step: int, tracker: "Tracker | None" = None, changed: Sequence[Any] = ()
+    ) -> None:
         rows = [row for row in read(folder) if row["step"] <= step]
         beside = folder / (METRICS + ".new")
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -50,12 +53,14 @@ class Metrics:
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
-        self._tracker = tracker
+        self._tracker, self._changed = tracker, list(changed)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """One step: its line, its scalars, and now and then the heat map of expert load."""
-        self._file.write(json.dumps(_finite(values)) + "\n")
+        changed, self._changed = self._changed, []
+        row = {**values, "changed": changed} if changed else values
+        self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
         step = values["step"]
         found = dict(scalars(values))

@@ -82,6 +82,7 @@ class Pipelined:
         micro, length = self.run.train.micro_batch_size, self.run.data.sequence_length
         settings = StepSettings(micro, length, 1.0 / (batch * length), mtp_weight)
         each = batch // self.mesh.data
+        assert each % micro == 0 and each * self.mesh.data == batch, "each rank trains whole micro-batches"
         schedule = self._executor(each // micro, True, mtp_weight > 0).schedule
         self.last = schedule, {stage: self.plan(stage, mtp_weight > 0) for stage in schedule.rank_of}
         return self._pass(

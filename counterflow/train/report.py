@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.train import chart
+from counterflow.train.changes import recorded
 from counterflow.train.metrics import read
 from counterflow.train.timeline import TIMELINE
 from counterflow.units import bytes_, count, seconds
@@ -215,12 +216,16 @@ def settings(run: Run) -> str:
     """The whole configuration, and where the numbers came from."""
     table = "".join(_origin(step, facts) for step, facts in run.provenance.items())
     table = f"<h2>Where it was run</h2>{table}" if table else ""
+    changed = "".join(
+        f'<p class="note">From step {change.step} on {html.escape(str(change))}.</p>'
+        for change in recorded(run.folder)
+    )
     text = (
         f"<details><summary>run.toml</summary><pre>{html.escape(run.settings)}</pre></details>"
         if run.settings
         else ""
     )
-    return f"{table}<h2>Settings</h2>{text}" if text else table
+    return f"{table}<h2>Settings</h2>{changed}{text}" if text else table
 
 
 def _origin(step: int, facts: Mapping[str, str]) -> str:

@@ -24,16 +24,23 @@ from counterflow.model.debts import Ledger
 from counterflow.model.transformer import expert_shards, initialise, named_routers
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Sums
-from counterflow.plan.layout import require_layout
+from counterflow.plan.layout import begun, require_layout
 from counterflow.train import lr
 from counterflow.train.ema import Ema
-from counterflow.train.lr import Grain
 from counterflow.train.optim import Optimizer
 from counterflow.train.piece import Piece
 from counterflow.train.pipelined import Pipelined, StepSamples
 from counterflow.train.spread import holders_of, open_dispatcher, whole_model
 
 GIVEN = ("master.", "bias.")
+AVERAGES = "ema."
+"""How the names of a checkpoint's averaged weights begin."""
+LARGEST = 1e16
+"""Of a weight: the squares of larger ones, summed over a layer, are beyond fp32."""
+REMEDY = (
+    "Start the same command again with a lower train.lr.peak, a longer train.lr.warmup, a smaller train.clip_norm or "
+    "train.precision=fp32: it goes on from the newest checkpoint; if that is past saving, delete it for the one before"
+)
 
 
 @dataclass
@@ -51,6 +58,7 @@ class Trainer:
     """A model, its optimizer and its place in the data; `step` advances it by one global batch."""
 
     def __init__(self, run: RunConfig, samples: Samples | StepSamples, mesh: Mesh) -> None:
+        require_layout(run := begun(run))
         self.run, self.mesh, self.device = run, mesh, mesh.device
         # What a benchmark draws has no held-out part, and none is asked for.
         self.samples: Samples = samples  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,14 +81,13 @@ class Trainer:
         owned = {name: piece.value for name, piece in self.masters.items()}
         self.ema = Ema(owned, run.train.ema_decay) if run.train.ema_decay else None
         self.sample, self.steps = 0, 0
-        self.grain = Grain(*require_layout(run))
         self.set_length(run.train)
 
     def set_length(self, train: Train) -> None:
         """Take settings that differ in the run's length alone; all that changes over a run follows it."""
         length, self.run = self.run.data.sequence_length, replace(self.run, train=train)
-        self.total = lr.total_samples(train, length, self.grain)
-        self.warmup = lr.warmup(train, length, self.grain)
+        self.total = lr.total_samples(train, length)
+        self.warmup = lr.warmup(train, length)
 
     @property
     def done(self) -> float:
@@ -90,7 +97,7 @@ class Trainer:
     def step(self, record: Recorder | None = None) -> dict[str, object]:
         """Train on the next global batch; what it measured, as metrics.jsonl has it. [§4.2 step]"""
         start, train, length = time.perf_counter(), self.run.train, self.run.data.sequence_length
-        batch = lr.batch_size(train, length, self.sample, self.grain)
+        batch = lr.batch_size(train, length, self.sample)
         mtp_weight = lr.mtp_weight(train, self.done)
         totals = self.accumulate(batch, mtp_weight, record)
         self.optimizer.reduce()
@@ -98,7 +105,7 @@ class Trainer:
         self.require_finite(totals, norm.item())
         waited = self.waited()
         self.optimizer.clip(norm)
-        rate, speed = self.rates()
+        rate, speed = self.rates(batch)
         self.optimizer.step(rate)
         for row, _, bias in self.routers:
             if row < len(totals.counts):
@@ -128,10 +135,10 @@ class Trainer:
             **self.load(totals.counts),
         }
 
-    def rates(self) -> tuple[float, float]:
-        """Learning rate and bias speed of the next step."""
-        train, done = self.run.train, self.done
-        return lr.learning_rate(train, done, self.warmup), lr.bias_speed(train, done, self.warmup)
+    def rates(self, batch: int) -> tuple[float, float]:
+        """Learning rate and bias speed of the next step, which trains on `batch` samples."""
+        train, after = self.run.train, (self.sample + batch) / self.total
+        return lr.learning_rate(train, after, self.warmup), lr.bias_speed(train, self.done, self.warmup)
 
     def accumulate(self, batch: int, mtp_weight: float, record: Recorder | None = None) -> Totals:
         """Gradients here, and losses and counts of all ranks, of the next `batch` samples."""
@@ -176,6 +183,7 @@ class Trainer:
         """This data rank's slice of the batch, micro-batch by micro-batch through the whole model."""
         micro, length, sums = self.run.train.micro_batch_size, self.run.data.sequence_length, Sums()
         scale, each = 1.0 / (batch * length), batch // self.mesh.data
+        assert each % micro == 0 and each * self.mesh.data == batch, "each rank trains whole micro-batches"
         start = self.sample + self.mesh.data_rank * each
         for first in range(start, start + each, micro):
             samples = self.mesh.bring(self.samples.train(first, micro))
@@ -208,11 +216,24 @@ class Trainer:
         if torch.isfinite(totals.nll).all() and norm < float("inf"):
             return
         error = NonFiniteError(
-            f"step {self.steps + 1}: {self.blame(norm)}. The checkpoints written so far are untouched. Try a lower "
-            f"train.lr.peak (now {self.run.train.lr.peak:g}), a longer train.lr.warmup, a smaller train.clip_norm or "
-            "train.precision=fp32, and resume."
+            f"step {self.steps + 1}: {self.blame(norm)}. The checkpoints written so far are untouched. {REMEDY} "
+            f"(train.lr.peak is {self.run.train.lr.peak:g})."
         )
         error.shared = True  # the sums are the same on all ranks
+        raise error
+
+    def require_sound(self) -> None:
+        """Stop before a checkpoint of weights that nothing can be computed with takes a good one's place."""
+        values = [piece.value for piece in self.masters.values() if len(piece.value)]
+        largest = [torch.linalg.vector_norm(value, float("inf")) for value in values]
+        lost = not all(bool(value < LARGEST) for value in largest)  # NaN too
+        if not any(self.mesh.everyone(lost)):
+            return
+        error = NonFiniteError(
+            f"step {self.steps}: weights have grown beyond {LARGEST:g}, and no checkpoint of them is written. {REMEDY} "
+            f"(train.lr.peak is {self.run.train.lr.peak:g})."
+        )
+        error.shared = True
         raise error
 
     def blame(self, norm: float) -> str:
@@ -266,7 +287,9 @@ class Trainer:
         kept = self.optimizer.pieces() | {f"bias.{name}": Piece.whole(bias) for _, name, bias in self.routers}
         if self.ema is not None:
             averages = self.ema.averages.items()
-            kept |= {f"ema.{name}": replace(self.masters[name], value=average) for name, average in averages}
+            kept |= {
+                AVERAGES + name: replace(self.masters[name], value=average) for name, average in averages
+            }
         return kept
 
     def given(self) -> dict[str, Piece]:
@@ -284,14 +307,20 @@ class Trainer:
     def begin_from_given(self) -> None:
         """Begin with the weights that have been filled into the masters."""
         self.optimizer.round_weights()
+        self.begin_averages()
+
+    def begin_averages(self) -> None:
+        """The averages, where there are any, are the masters."""
         if self.ema is not None:
             for name, average in self.ema.averages.items():
                 average.copy_(self.masters[name].value)
 
-    def loaded(self, sample: int, steps: int) -> None:
-        """Take up a place after `pieces()` have been filled from a checkpoint."""
+    def loaded(self, sample: int, steps: int, averaged: bool) -> None:
+        """Take up a place after `pieces()` have been filled from a checkpoint, or all but averages that it lacks."""
         self.sample, self.steps = sample, steps
         self.optimizer.loaded()
+        if not averaged:
+            self.begin_averages()
 
 
 def moe_names(config: ModelConfig) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from counterflow.cli import main
 from counterflow.config.load import load_run
 from counterflow.schedule import trace
 from counterflow.train.checkpoint import Checkpoints
@@ -117,17 +118,32 @@ LAYOUTS = [
 """Each goes on from a checkpoint of the one before; experts are shared, then shared in DualPipe, then no more."""
 
 
-def test_a_checkpoint_goes_on_in_any_other_layout(runs):
-    """A run whose every step is another layout's, and each layout's way to the end, against all in one process."""
-    kept = Checkpoints(runs / "changing" / CHECKPOINTS, 9)
+def test_a_checkpoint_goes_on_in_any_other_layout(runs, capsys):
+    """A run whose every step is another layout's, and each layout's way to the end, against all in one process.
+
+    Its batch grows, and its length is no multiple of any layout's batches.
+    """
+    ramp = (
+        "train.batch_start=8",
+        "train.batch_size=12",
+        "train.batch_increment=4",
+        "train.batch_ramp_until=0.5",
+    )
+    ramp = (*ramp, "train.tokens=1505", "keep.checkpoint_every=1", "keep.checkpoints=9")
+    assert main(command(runs, "ramping", *ramp)[3:]) == 0
+    alone, kept = metrics(runs / "ramping"), Checkpoints(runs / "changing" / CHECKPOINTS, 9)
     for done, layout in enumerate(LAYOUTS):
-        steps, printed = train(runs, "changing", "keep.checkpoint_every=1", "keep.checkpoints=9", *layout)
+        steps, printed = train(runs, "changing", *ramp, *layout)
         assert ("Going on" in printed and f"from step {done}" in printed) == (done > 0)
-        assert_same(metrics(runs / "alone"), steps)
+        assert_same(alone, steps)
+        assert [step["batch"] for step in steps] == [8, 8, 8, 12, 12] and steps[-1]["samples"] == 48
         if "parallel.expert=2" in layout:
             assert all(len(s["dispatch_bytes"]) == 1 and s["dispatch_bytes"][0] > 0 for s in steps[done:])
-        for step in kept.steps()[done + 1 :]:
+        for step in kept.steps()[done + 1 :] if layout else ():
             shutil.rmtree(kept.path(step))
+    capsys.readouterr()
+    assert main(command(runs, "changing", *ramp, *LAYOUTS[0])[3:]) == 0
+    assert "is complete (step 5)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -1,6 +1,10 @@
-"""A run of a few seconds on a small text: its text and its overrides."""
+"""A run of a few seconds on a small text: its text and its overrides, and how it is stopped."""
 
+import os
+import signal
 from pathlib import Path
+
+import pytest
 
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
@@ -82,3 +86,19 @@ def overrides(folder: Path, *more: str) -> list[str]:
 def small_run(folder: Path, *more: str) -> RunConfig:
     """The run itself."""
     return load_run("tiny", overrides(folder, *more))
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGTERM when the step has been made, and not only timed."""
+    from counterflow.train.fit import LONG
+    from counterflow.train.trainer import Trainer
+
+    plain = Trainer.step
+
+    def counted(self):
+        values = plain(self)
+        if self.steps == step and self.run.train.tokens < LONG:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    patch.setattr(Trainer, "step", counted)

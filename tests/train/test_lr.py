@@ -58,12 +58,12 @@ def test_the_warm_up_has_its_least_steps_where_the_run_is_long_enough():
         warmup, total, seen = lr.warmup(train, 16), lr.total_samples(train, 16), 0
         rates, speeds, rising = [], [], 0
         for batch in lr.steps(train, 16):
-            rates.append(lr.learning_rate(train, seen / total, warmup))
             speeds.append(lr.bias_speed(train, seen / total, warmup))
             rising += seen / total < warmup
             seen += batch
+            rates.append(lr.learning_rate(train, seen / total, warmup))
         least = rising >= 20 if whole else math.isclose(warmup, train.lr.constant_until)
-        assert least and rates[0] == 0 and sorted(rates[:rising]) == rates[:rising]
+        assert least and rates[0] > 0 and sorted(rates[:rising]) == rates[:rising], "every step trains"
         assert speeds[0] == 0.02 and sorted(speeds, reverse=True) == speeds
         assert speeds[rising : rising + 1] in ([0.001], [])
 
@@ -79,52 +79,43 @@ def test_a_run_that_warms_up_long_enough_by_itself_is_unchanged(name):
     assert lr.warmup(shorter, run.data.sequence_length) >= share
 
 
-@given(
-    st.integers(1, 8),
-    st.integers(1, 12),
-    st.integers(0, 12),
-    st.floats(0.0, 1.0),
-    st.floats(1.0, 1e5),
-    st.integers(2, 64),
-)
-def test_batches_rise_in_micro_batches_and_add_up(micro, full, start, ramp, tokens, length):
-    train = Train(
-        tokens=tokens,
+def ramping(micro: int, full: int, start: int, increment: int, until: float) -> Train:
+    return Train(
         batch_size=full * micro,
         batch_start=min(start, full) * micro,
-        batch_ramp_until=ramp,
+        batch_increment=increment * micro,
+        batch_ramp_until=until,
         micro_batch_size=micro,
     )
-    batches = list(lr.steps(train, length))
-    total = lr.total_samples(train, length)
-    assert sum(batches) == total and total * length >= tokens and (total - micro) * length < tokens
-    assert all(batch % micro == 0 and batch > 0 for batch in batches)
-    assert batches[:-1] == sorted(batches[:-1]) and max(batches) <= train.batch_size
-    assert lr.num_steps(train, length) == len(batches)
 
 
-@given(
-    st.integers(1, 60),
-    st.integers(1, 6),
-    st.integers(0, 6),
-    st.floats(0.0, 1.0),
-    st.sampled_from([0.0, 900.0]),
+RAMPS = st.builds(
+    ramping, st.integers(1, 8), st.integers(1, 12), st.integers(0, 12), st.integers(0, 5), st.floats(0.0, 1.0)
 )
-def test_a_length_in_steps_is_that_many_steps(steps, full, start, ramp, tokens):
-    train = Train(
-        tokens=tokens,
-        steps=steps,
-        batch_size=full * 2,
-        batch_start=min(start, full) * 2,
-        batch_ramp_until=ramp,
-        micro_batch_size=2,
-    )
-    grain = lr.Grain(2, 2)
-    found = lr.in_tokens(train, 16, grain)
-    batches = list(lr.steps(found, 16, grain))
+
+
+@given(RAMPS, st.floats(1.0, 1e5), st.integers(2, 64))
+def test_batches_rise_by_the_increment_and_the_first_that_holds_the_last_token_is_the_last(
+    ramp, tokens, length
+):
+    train = replace(ramp, tokens=tokens)
+    batches, total = list(lr.steps(train, length)), lr.total_samples(train, length)
+    assert total * length >= tokens and (total - 1) * length < tokens
+    assert sum(batches) >= total > sum(batches[:-1])
+    start, unit = train.batch_start or train.batch_size, train.batch_increment or train.micro_batch_size
+    assert all(batch == train.batch_size or (batch - start) % unit == 0 for batch in batches)
+    assert batches == sorted(batches) and max(batches) <= train.batch_size
+    assert (lr.num_steps(train, length), lr.end(train, length)) == (len(batches), sum(batches))
+
+
+@given(st.integers(1, 60), RAMPS, st.sampled_from([0.0, 900.0]))
+def test_a_length_in_steps_is_that_many_steps(steps, ramp, tokens):
+    train = replace(ramp, tokens=tokens, steps=steps)
+    found = lr.in_tokens(train, 16)
+    batches = list(lr.steps(found, 16))
     assert found.steps == 0 and len(batches) <= steps
     if not tokens:
         assert len(batches) == steps
-        assert start or set(batches) == {full * 2}, "whole steps"
+        assert train.batch_start or set(batches) == {train.batch_size}, "whole steps"
     else:
         assert found.tokens <= tokens, "the shorter of two"

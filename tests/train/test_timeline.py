@@ -11,7 +11,6 @@ from counterflow.schedule import SCHEDULES, trace
 from counterflow.schedule.simulate import makespan, simulate_ops
 from counterflow.schedule.words import Lane, Op
 from counterflow.train.loop import recorded_steps
-from counterflow.train.lr import Grain
 from counterflow.train.timeline import (
     SHOWN,
     TIMELINE,
@@ -92,4 +91,4 @@ def test_equal_op_times_are_predicted_as_they_were():
 def test_the_recorded_step_is_past_the_slow_first_ones_and_exists(steps, chosen, recorded):
     words = [f"train.tokens={steps * 16 * 256}", "train.batch_size=16", "data.sequence_length=256"]
     run = load_run("tiny", [*words, f"parallel.record_step={chosen}"])
-    assert recorded_steps(run, Grain(1, 1)) == recorded
+    assert recorded_steps(run) == recorded
