@@ -1,6 +1,5 @@
 """A model that a verb was told to use: read in the precision it runs in, on its device, and what was chosen said."""
 
-import json
 import sys
 import threading
 from contextlib import suppress
@@ -49,9 +48,10 @@ def settings_of(max_sequences: int, drafts: int, **others: float) -> "EngineSett
 
 def say_unpacked(folder: Path, precision: str) -> None:
     """One line where an exported folder's weights are FP8: nothing multiplies them as they are."""
+    from counterflow.config.released import read_json, scales_of
     from counterflow.convert.folder import CONFIG
 
-    if "quantization_config" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
+    if scales_of(read_json(folder / CONFIG)):
         times = {"bf16": "twice", "fp32": "four times"}[precision]
         print(f"Its weights are FP8 and run unpacked to {precision}: {times} the memory.", file=sys.stderr)
 

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer as Bpe
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from counterflow.config.released import FP8
 from counterflow.config.released import to_released as config_to_released
-from counterflow.convert import fp8
 from counterflow.convert.folder import CONFIG, whole_folder
 from counterflow.convert.shards import as_stored, write_shards
 from counterflow.data.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def _config(model: Transformer, tokenizer: Tokenizer, form: Form) -> dict[str, A
     if not form.mtp:
         config["num_nextn_predict_layers"] = 0
     if form.dtype == "fp8":
-        config["quantization_config"] = fp8.SETTINGS
+        config["quantization_config"] = dict(FP8)
     return dict(sorted(config.items()))
 
 

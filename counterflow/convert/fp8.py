@@ -7,21 +7,16 @@ that the format has no exponent left for it.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 BLOCK = 128
 E4M3 = torch.float8_e4m3fn
+E8M0 = torch.float8_e8m0fnu
+"""A power of two, which is its exponent."""
 LARGEST = torch.finfo(E4M3).max
 SCALE = "weight_scale_inv"
 """What a scale's name ends in; the weight's own ends in `weight`."""
-SETTINGS = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""`quantization_config` of a config.json."""
 
 
 def to_blocks(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Float[Tensor, "BO BI"]]:
@@ -35,10 +30,11 @@ def to_blocks(weight: Float[Tensor, "O I"]) -> tuple[Tensor, Float[Tensor, "BO B
     return scaled.flatten(2).flatten(0, 1)[:rows, :columns].to(E4M3), scales
 
 
-def from_blocks(weight: Float[Tensor, "O I"], scales: Float[Tensor, "BO BI"]) -> Float[Tensor, "O I"]:
-    """The weight in fp32."""
+def from_blocks(weight: Float[Tensor, "O I"], scales: Shaped[Tensor, "BO BI"]) -> Float[Tensor, "O I"]:
+    """The weight in fp32; bytes as scales are exponents."""
     rows, columns = weight.shape
-    wide = scales.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    numbers = scales.view(E8M0) if scales.dtype == torch.uint8 else scales
+    wide = numbers.float().repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return weight.float() * wide
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from counterflow.config.model import ModelConfig
-from counterflow.config.released import read_released
+from counterflow.config.released import from_released, read_json, scales_of
 from counterflow.convert.export import TOKENIZER
 from counterflow.convert.folder import CONFIG
 from counterflow.convert.shards import Shards
@@ -28,8 +28,9 @@ def load_folder(
 
     Fails: CheckpointError with the tensor's name, ConfigError, DataError.   Cost: the model, and one tensor.
     """
-    config = read_released(folder / CONFIG)
-    with Shards(folder) as shards:
+    released = read_json(folder / CONFIG)
+    config, scales = from_released(released), scales_of(released)
+    with Shards(folder, exponents=scales == "exponents") as shards:
         tokenizer = fitting(load_tokenizer(folder / TOKENIZER), config.vocab_size, str(folder / TOKENIZER))
         model = empty_model(config, dtype, part)
         load_released(model, shards.shapes, shards.read)

@@ -3,12 +3,13 @@
 What is in memory beside the model is one shard when writing and one mapped file when reading, so a model that fits
 loads. The headers are read first: names, shapes and whether a file is all there are known before a weight is touched.
 Our own index also holds each shard's CRC, since the format has none and a flipped bit makes a model that runs and is
-wrong; folders of others are read without.
+wrong; folders of others are read without. What is stored in a form that is not known here, whole numbers above all, is
+refused: copied into a weight they would give a model that runs and is wrong.
 """
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from counterflow.units import bytes_
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHUNK = 1 << 22
+NUMBERS = frozenset(("BF16", "F16", "F32", "F64"))
+"""How numbers may be stored that are taken as they are."""
 READABLE = 0o644
 """Of a shard: the library writes files that only their owner may read, and servers often run as another."""
 
@@ -58,9 +61,13 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byte
 class Shards:
     """The tensors of a folder, FP8 blocks already multiplied out.   Use as a context: it keeps files mapped."""
 
-    def __init__(self, folder: Path) -> None:
-        """Reads index and headers.   Fails: CheckpointError for a shard that is missing, torn or not the index's."""
+    def __init__(self, folder: Path, exponents: bool = False) -> None:
+        """Reads index and headers; `exponents` allows scales that are bytes.
+
+        Fails: CheckpointError for a shard that is missing, torn or not the index's, or a tensor in no known form.
+        """
         self.folder = folder
+        self.scale_kinds = NUMBERS | {"F8_E8M0"} | ({"U8"} if exponents else set())
         index = _index(folder)
         self.crcs: dict[str, int] = index.get("metadata", {}).get("crc32", {})
         self.places: dict[str, str] = {}
@@ -85,9 +92,21 @@ class Shards:
                     "from two checkpoints or incomplete: fetch it anew."
                 )
             for name in names:
-                kind = self._scales if name.endswith(fp8.SCALE) else self.shapes
-                kind[name] = tuple(shard.get_slice(name).get_shape())
+                is_scale = name.endswith(fp8.SCALE)
+                stored, kinds = shard.get_slice(name), self.scale_kinds if is_scale else NUMBERS | {"F8_E4M3"}
+                self._require_kind(name, stored.get_dtype(), kinds)
+                (self._scales if is_scale else self.shapes)[name] = tuple(stored.get_shape())
                 self.places[name] = file
+
+    def _require_kind(self, name: str, kind: str, known: Set[str]) -> None:
+        """safetensors' word for how a tensor is stored must be one that is read."""
+        if kind not in known:
+            advice = "fetch the checkpoint in bf16, or in FP8 blocks"
+            if kind == "U8" and name.endswith(fp8.SCALE):
+                advice = "as exponents they need quantization_config.scale_fmt 'ue8m0' in config.json"
+            raise CheckpointError(
+                f"tensor '{name}' is stored as {kind}; {', '.join(sorted(known))} can be read here: {advice}."
+            )
 
     def _require_scale(self, name: str, shape: tuple[int, ...]) -> None:
         weight = self.shapes.get(_weight_of(name))
@@ -109,11 +128,12 @@ class Shards:
         """One weight; from FP8 blocks in fp32.   Cost: pages of the file, let go with the next shard."""
         weight = self._shard(self.places[name]).get_tensor(name)
         scale = name.removesuffix("weight") + fp8.SCALE
-        if scale in self._scales:
+        if scale in self._scales and weight.dtype == fp8.E4M3:
             return fp8.from_blocks(weight, self._shard(self.places[scale], weight=name).get_tensor(scale))
-        if weight.dtype == fp8.E4M3:
+        if scale in self._scales or weight.dtype == fp8.E4M3:
+            found = "not FP8 and has" if scale in self._scales else "FP8 and lacks"
             raise CheckpointError(
-                f"tensor '{name}' is FP8 and '{scale}' is not there; without its scales it has no meaning: "
+                f"tensor '{name}' is {found} '{scale}'; scales belong to FP8 blocks and these to their scales: "
                 "fetch the checkpoint anew."
             )
         return weight

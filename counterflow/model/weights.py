@@ -18,6 +18,8 @@ from counterflow.errors import CheckpointError
 from counterflow.model.transformer import Transformer, expert_shards
 from counterflow.progress import watched
 
+DERIVED = ".rotary_emb."
+"""In the names of tensors that some releases (Moonlight, Kimi) keep beside the weights: they follow from the config."""
 EXPERT_PARTS = (("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -115,9 +117,10 @@ def load_released(
     """Fill the model from released tensors, read one by one in the order of `shapes`.
 
     Fails (CheckpointError) before anything is read, with the tensor's name, where one is missing, of another shape or
-    left over. MTP copies of embedding and head may be missing, but may not differ. Experts that the model does not hold
-    are not read.   Cost: one tensor at a time beside the model.
+    left over. MTP copies of embedding and head may be missing, but may not differ. Not read are derived buffers, and
+    experts that the model does not hold.   Cost: one tensor at a time beside the model.
     """
+    shapes = {name: shape for name, shape in shapes.items() if DERIVED not in name}
     copies = {copy: name for name, copy in shared_copies(model.config)}
     places = {name: place for name, place in to_released(model) if name not in copies}
     mine = model.state_dict()

@@ -206,6 +206,53 @@ def test_fp8_without_scales_is_refused(model, tokenizer, tmp_path):
         load_folder(tmp_path / "out")
 
 
+def test_integer_scales_are_exponents_where_the_config_says_so_and_refused_otherwise(
+    model, tokenizer, tmp_path
+):
+    export(model, tokenizer, tmp_path / "out", Form("fp8"))
+    powers = {}
+
+    def round_scales(tensors):
+        for name in [name for name in tensors if name.endswith(fp8.SCALE)]:
+            powers[name] = tensors[name].log2().ceil()
+            tensors[name] = (powers[name] + 127).to(torch.uint8)
+
+    rewrite(tmp_path / "out", round_scales)
+    with pytest.raises(CheckpointError, match=r"_scale_inv' is stored as U8; .*scale_fmt 'ue8m0'"):
+        load_folder(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    config["quantization_config"]["scale_fmt"] = "ue8m0"
+    (tmp_path / "out" / CONFIG).write_text(json.dumps(config))
+    back = dict(to_released(load_folder(tmp_path / "out")[0]))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, power in powers.items():
+        weight = name.removesuffix(fp8.SCALE) + "weight"
+        assert torch.equal(back[weight], fp8.from_blocks(stored[weight], power.exp2()))
+        assert torch.equal(back[weight], fp8.from_blocks(stored[weight], power.exp2().to(fp8.E8M0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({EXPERT: torch.ones(24, 48, dtype=torch.int8)}, f"'{EXPERT}' is stored as I8"),
+        ({EXPERT: torch.ones(24, 48).to(torch.float8_e5m2)}, "is stored as F8_E5M2"),
+        ({EXPERT + "_scale_inv": torch.ones(1, 1)}, f"'{EXPERT}' is not FP8 and has"),
+    ],
+)
+def test_weights_in_another_form_are_refused(folder, change, says):
+    rewrite(folder, lambda tensors: tensors.update(change))
+    with pytest.raises(CheckpointError, match=says):
+        load_folder(folder)
+
+
+def test_derived_buffers_are_left_out(folder, model):
+    """As the shards of Moonlight and Kimi hold them."""
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(3)}
+    rewrite(folder, lambda tensors: tensors.update(buffers))
+    back, _ = load_folder(folder)
+    assert all(torch.equal(back.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 def test_an_export_never_overwrites(folder, model, tokenizer):
     with pytest.raises(CheckpointError, match="is there already"):
         export(model, tokenizer, folder, Form())

@@ -24,6 +24,7 @@ CONFIGS = {
         BASE, num_routed_experts=16, num_groups=8, num_limited_groups=3, num_experts_per_token=5
     ),
     "yarn": replace(BASE, yarn=Yarn(factor=4.0, original_max_positions=16), max_positions=64),
+    "yarn_with_mscale_left_out": replace(BASE, yarn=Yarn(8.0, 16, mscale_all_dim=0.0), max_positions=64),
     "all_moe": replace(BASE, num_dense_layers=0),
     "mostly_dense": replace(BASE, num_dense_layers=2),
     "shared_experts": replace(BASE, num_shared_experts=3, routed_scaling_factor=1.0),
