@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     from counterflow.train.folder import folder_of, require_model
 
     require_model(wish.run)  # before torch is imported
-    from counterflow.convert.export import Form, export
+    from counterflow.convert.export import Form, differences, export
     from counterflow.train.restore import model_of
     from counterflow.units import bytes_
 
@@ -41,4 +41,6 @@ def run(arguments: Sequence[str]) -> int:
     export(model, tokenizer, folder, form)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{folder}: {bytes_(size)} in {wish.dtype}{'' if wish.mtp else ', without multi-token modules'}.")
+    for line in differences(model.config, tokenizer):
+        print(line)
     return 0

@@ -101,7 +101,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None, began: float | None = N
             wish.top_k,
             wish.seed,
             wish.stop,
-            stop_tokens=frozenset([tokenizer.eos]),
+            stop_tokens=tokenizer.ends,
         )
         engine.add(document(tokenizer, wish.prompt), sampling)
 

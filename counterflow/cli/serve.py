@@ -117,6 +117,7 @@ def serve(wish: Serve, mesh: "Mesh", began: float) -> None:
         metrics = Metrics(perf_counter() - began)
         name = wish.name or folder.resolve().name
         service = Service(engine, tokenizer, name, wish.max_queue, links, metrics=metrics)
+        print(f"Chats are written {service.chats.form}.", flush=True)
         web, port = server(service, listen), taken[0].getsockname()[1]
         print(f"Serving '{service.name}' on http://{wish.host}:{port} (Ctrl-C stops it).", flush=True)
         web.run(sockets=taken)

@@ -122,7 +122,7 @@ SCALES: Mapping[str | None, str] = {None: "numbers", "ue8m0": "exponents"}
 """By `scale_fmt`."""
 
 
-def to_released(config: ModelConfig, bos: int = 0, eos: int = 0) -> dict[str, Any]:
+def to_released(config: ModelConfig, bos: int = 0, eos: int | list[int] = 0) -> dict[str, Any]:
     """Every key that transformers, vLLM and SGLang look for; the tokens that begin and end a document by id."""
     released: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in NAMES.items()}
     released |= {**FIXED, **WRITTEN, "model_type": MODEL_TYPES[0]}

@@ -5,7 +5,6 @@ softmax routing without a bias and say nothing. MTP modules stand where the rele
 out and the config says so. A prompt begins a document: the tokenizer files put the beginning token before it.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,13 @@ from tokenizers import Tokenizer as Bpe
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+from counterflow.config.model import ModelConfig
 from counterflow.config.released import FP8
 from counterflow.config.released import to_released as config_to_released
 from counterflow.convert.folder import CONFIG, whole_folder
 from counterflow.convert.shards import as_stored, write_shards
 from counterflow.data.tokenizer import Tokenizer
+from counterflow.data.tokenizer_files import GENERATION, TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, write_json
 from counterflow.errors import ConfigError, nearest
 from counterflow.model.transformer import Transformer
 from counterflow.model.weights import to_released
@@ -28,8 +29,9 @@ from counterflow.progress import watched
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """Of the weights that are not in blocks; the routers' biases are fp32 in all of them."""
-GENERATION = "generation_config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+LATENT_EPS = 1e-6
+"""Of transformers' norms of latents, whatever the config says."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def export(model: Transformer, tokenizer: Tokenizer, folder: Path, form: Form) -
         tensors = watched(names, "exporting", len(names), "tensors")
         write_shards(_stored(tensors, form), new, form.shard_gib * 2**30)
         _write_tokenizer(tokenizer, model.config.max_positions, new)
-        _write(new / GENERATION, _generation(tokenizer))
-        _write(new / CONFIG, _config(model, tokenizer, form))
+        write_json(new / GENERATION, _generation(tokenizer))
+        write_json(new / CONFIG, _config(model, tokenizer, form))
 
 
 def _is_mtp(model: Transformer, name: str) -> bool:
@@ -77,7 +79,7 @@ def _stored(tensors: Iterator[tuple[str, Tensor]], form: Form) -> Iterator[tuple
 
 
 def _config(model: Transformer, tokenizer: Tokenizer, form: Form) -> dict[str, Any]:
-    config = config_to_released(model.config, tokenizer.bos, tokenizer.eos)
+    config = config_to_released(model.config, tokenizer.bos, _ends(tokenizer))
     config["torch_dtype"] = str(DTYPES[form.dtype]).removeprefix("torch.")
     if not form.mtp:
         config["num_nextn_predict_layers"] = 0
@@ -86,21 +88,32 @@ def _config(model: Transformer, tokenizer: Tokenizer, form: Form) -> dict[str, A
     return dict(sorted(config.items()))
 
 
+def _ends(tokenizer: Tokenizer) -> int | list[int]:
+    """The end of a document, and behind it what else ends a text."""
+    others = sorted(tokenizer.ends - {tokenizer.eos})
+    return [tokenizer.eos, *others] if others else tokenizer.eos
+
+
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     """What `counterflow generate` does unless told otherwise."""
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": _ends(tokenizer)}
     if tokenizer.pad is not None:
         ids["pad_token_id"] = tokenizer.pad
     return {**ids, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
 
 
 def _write_tokenizer(tokenizer: Tokenizer, positions: int, folder: Path) -> None:
-    """tokenizer.json, which puts the beginning token before a text, and what transformers wants beside it."""
+    """tokenizer.json, which puts the beginning token before a text, and what transformers wants beside it.
+
+    Names of control tokens stay text in transformers too, unless a chat template needs them read: it writes names.
+    """
 
     def word(token: int) -> str:
         return str(tokenizer.bpe.id_to_token(token))
 
-    bpe, bos = Bpe.from_str(tokenizer.bpe.to_str()), word(tokenizer.bos)
+    template = tokenizer.beside.template
+    source = tokenizer.plain if template is None else tokenizer.bpe
+    bpe, bos = Bpe.from_str(source.to_str()), word(tokenizer.bos)
     bpe.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos)])
     (folder / TOKENIZER).write_text(bpe.to_str(), encoding="utf-8")
     settings: dict[str, Any] = {
@@ -109,11 +122,26 @@ def _write_tokenizer(tokenizer: Tokenizer, positions: int, folder: Path) -> None
         "eos_token": word(tokenizer.eos),
         "clean_up_tokenization_spaces": False,
         "model_max_length": positions,
+        "split_special_tokens": template is None,
     }
     if tokenizer.pad is not None:
         settings["pad_token"] = word(tokenizer.pad)
-    _write(folder / TOKENIZER_CONFIG, settings)
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
 
 
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def differences(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """What transformers does otherwise with such a folder, a line each."""
+    found = []
+    if tokenizer.beside.template is not None:
+        found.append(
+            "In transformers a text that spells a control token becomes one: its chat template is read so. Give "
+            "split_special_tokens=True for texts that are not yours."
+        )
+    if config.rms_norm_eps != LATENT_EPS:
+        found.append(
+            f"transformers norms the latents with {LATENT_EPS:g} instead of rms_norm_eps, here "
+            f"{config.rms_norm_eps:g}: its logits differ by some 1e-4 of the largest."
+        )
+    return found

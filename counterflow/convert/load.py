@@ -10,11 +10,11 @@ import torch
 
 from counterflow.config.model import ModelConfig
 from counterflow.config.released import from_released, read_json, scales_of
-from counterflow.convert.export import TOKENIZER
 from counterflow.convert.folder import CONFIG
 from counterflow.convert.shards import Shards
 from counterflow.data.tokenizer import Tokenizer, fitting
 from counterflow.data.tokenizer import load as load_tokenizer
+from counterflow.data.tokenizer_files import TOKENIZER
 from counterflow.model.transformer import Transformer, keep_experts
 from counterflow.model.weights import load_released
 

@@ -31,7 +31,7 @@ SHARD_TOKENS = 2**26
 """A shard is saved once this many tokens have come together; so many are held in memory."""
 BATCH_BYTES = 2**20
 """Text that is tokenised at once."""
-VERSION = 1
+VERSION = 2
 """Raised when the same text would give other tokens."""
 
 

@@ -3,9 +3,9 @@
 Learning, splitting and merging are the `tokenizers` library's; what is ours is which of them, and the names
 of the special tokens. The split is DeepSeek-V3's: digits in groups of up to three, words with the sign before
 them, punctuation that may take the line breaks after it along. Every byte is in the alphabet, so every text
-comes back as it was. Special tokens written out in a text are encoded as plain text: a corpus cannot end a
-document or open a hole by spelling it. Not taken: a bundled vocabulary, which would cost more parameters than
-a small model has.
+comes back as it was. Control tokens written out in a text are encoded as plain text, however the vocabulary marks
+them: a corpus cannot end a document or open a hole by spelling it, nor a message begin a turn. Not taken: a bundled
+vocabulary, which would cost more parameters than a small model has.
 
 Not done: the report splits tokens of punctuation and line breaks at random in training, at a rate it does not
 state.
@@ -17,12 +17,21 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Bpe
 
 from counterflow.data.cache import build_once, key_of
 from counterflow.data.corpus import Corpus
+from counterflow.data.tokenizer_files import (
+    TIKTOKEN,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Beside,
+    beside,
+    from_tiktoken,
+)
 from counterflow.errors import DataError
 from counterflow.progress import Progress
 from counterflow.units import bytes_
@@ -45,6 +54,7 @@ SPECIALS = tuple(names[0] for names in (EOS, FIM_BEGIN, FIM_HOLE, FIM_END, PAD))
 SMALLEST = 256 + len(SPECIALS)
 LEARN_FROM = 200_000
 """Documents at most that the merges are learnt from, by turns from each source."""
+MISSING = f"weights come with a {TOKENIZER} or a {TIKTOKEN}: fetch it"
 VERSION = 1
 """Raised when the same text would give another vocabulary."""
 
@@ -63,30 +73,49 @@ class Tokenizer:
     """A vocabulary with its special ids."""
 
     bpe: Bpe = field(repr=False)
+    plain: Bpe = field(repr=False)
+    """The same vocabulary, with no control token that a text could spell: it encodes."""
     size: int
     """One more than the largest id."""
     eos: int
+    """What ends a document."""
     bos: int
     """What a document follows: a beginning token, or the end of the document before."""
     fim: Fim | None
     pad: int | None
     hash: str
+    beside: Beside = field(default=Beside(), repr=False)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids at which generated text ends: the end of a document, and what the release's files name."""
+        return frozenset((self.eos, *self.beside.ends))
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """The tokens that no text becomes, by name: all that were added to the vocabulary, but white space."""
+        return {
+            token.content: number
+            for number, token in self.bpe.get_added_tokens_decoder().items()
+            if token.content.strip()
+        }
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end token."""
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores."""
-        return [encoded.ids for encoded in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoded.ids for encoded in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of ids; special tokens are written out only if asked for."""
         return self.bpe.decode(list(ids), skip_special_tokens=not specials)
 
     def save(self, path: str | Path) -> None:
-        """Write it as a tokenizer.json."""
+        """Write it as a tokenizer.json, and beside it what files beside it said."""
         Path(path).write_text(self.bpe.to_str(), encoding="utf-8")
+        self.beside.write(Path(path).parent)
 
 
 def open_tokenizer(
@@ -115,7 +144,10 @@ def require_tokenizer(name: str, vocab_size: int) -> Tokenizer | None:
     """The tokenizer.json that is named, None where one is to be learnt.   Fails: DataError where the vocabulary is too
     small for either."""
     if name != "train":
-        return fitting(load(Path(name).expanduser()), vocab_size, name)
+        path = Path(name).expanduser()
+        return fitting(
+            load(path, "data.tokenizer must be 'train' or the path of a tokenizer.json"), vocab_size, name
+        )
     if vocab_size < SMALLEST:
         raise DataError(
             f"model.vocab_size is {vocab_size}; 256 bytes and {len(SPECIALS)} special tokens need at least "
@@ -162,35 +194,77 @@ def _by_turns(corpora: Sequence[Corpus]) -> Iterable[str]:
                 yield document.text
 
 
-def load(path: Path) -> Tokenizer:
-    """A tokenizer.json. Fails: DataError if it is missing, unreadable or has no end token."""
-    if not path.is_file():
+def load(path: Path, otherwise: str = MISSING) -> Tokenizer:
+    """A tokenizer.json, or the tiktoken.model that lies where it is not, with what the files beside it say.
+
+    Fails: DataError if it is missing, unreadable or has no end token; `otherwise` is what to change.
+    """
+    bpe, said = _read(path, otherwise), beside(path.parent)
+    bpe.no_padding()
+    bpe.no_truncation()
+    vocabulary = bpe.get_vocab(with_added_tokens=True)
+    eos = _first(vocabulary, (said.eos, *EOS))
+    if eos is None:
         raise DataError(
-            f"tokenizer {path} is not there; data.tokenizer must be 'train' or the path of a tokenizer.json."
+            f"{path} has no end token; documents end with the eos_token of a {TOKENIZER_CONFIG} beside it, or with one "
+            f"of {', '.join(EOS)}. Name it there, or set data.tokenizer=train."
         )
+    begin, hole, end = (_first(vocabulary, names) for names in (FIM_BEGIN, FIM_HOLE, FIM_END))
+    fim = None if begin is None or hole is None or end is None else Fim(begin, hole, end)
+    digest = blake2b(bpe.to_str().encode(), digest_size=16).hexdigest()
+    bos, pad = _first(vocabulary, (said.bos, *BOS)), _first(vocabulary, (said.pad, *PAD))
+    bos, size = eos if bos is None else bos, max(vocabulary.values()) + 1
+    return _guarded(Tokenizer(bpe, _plain(bpe), size, eos, bos, fim, pad, digest, said), path)
+
+
+def _read(path: Path, otherwise: str) -> Bpe:
+    tiktoken = path.with_name(TIKTOKEN)
+    if not path.is_file() and tiktoken.is_file():
+        return from_tiktoken(tiktoken)
+    if not path.is_file():
+        raise DataError(f"tokenizer {path} is not there; {otherwise}.")
     try:
-        bpe = Bpe.from_file(os.fspath(path))
+        return Bpe.from_file(os.fspath(path))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(
             f"{path} is no tokenizer.json ({error}); delete it if it lies in data.cache_dir (it is learnt "
             "again), else give another as data.tokenizer."
         ) from error
-    bpe.no_padding()
-    bpe.no_truncation()
-    bpe.encode_special_tokens = True
-    vocabulary = bpe.get_vocab(with_added_tokens=True)
-    eos = _first(vocabulary, EOS)
-    if eos is None:
+
+
+def _plain(bpe: Bpe) -> Bpe:
+    """The vocabulary for encoding. The library spares texts only the tokens that are marked as special."""
+    added = bpe.get_added_tokens_decoder().values()
+    marked = [
+        AddedToken(**_kept(token), special=True)
+        for token in added
+        if token.content.strip() and not token.special
+    ]
+    plain = Bpe.from_str(bpe.to_str()) if marked else bpe
+    plain.add_special_tokens(marked)
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _kept(token: AddedToken) -> dict[str, Any]:
+    return {
+        name: getattr(token, name) for name in ("content", "single_word", "lstrip", "rstrip", "normalized")
+    }
+
+
+def _guarded(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer, if its vocabulary makes no control token of its own name."""
+    controls = tokenizer.controls
+    ids = set(controls.values())
+    spelt = [
+        name for name, found in zip(controls, tokenizer.encode_all([*controls])) if ids.intersection(found)
+    ]
+    if spelt:
         raise DataError(
-            f"{path} has no end token; documents end with one of {', '.join(EOS)}. Add one of them to the "
-            "tokenizer, or set data.tokenizer=train."
+            f"{path} reads its control token '{spelt[0]}' out of a text that spells it; such a text could end a "
+            "document: give a byte-level tokenizer, or set data.tokenizer=train."
         )
-    begin, hole, end = (_first(vocabulary, names) for names in (FIM_BEGIN, FIM_HOLE, FIM_END))
-    fim = None if begin is None or hole is None or end is None else Fim(begin, hole, end)
-    digest = blake2b(bpe.to_str().encode(), digest_size=16).hexdigest()
-    bos = _first(vocabulary, BOS)
-    bos = eos if bos is None else bos
-    return Tokenizer(bpe, max(vocabulary.values()) + 1, eos, bos, fim, _first(vocabulary, PAD), digest)
+    return tokenizer
 
 
 def fitting(tokenizer: Tokenizer, vocab_size: int, name: str) -> Tokenizer:
@@ -203,5 +277,5 @@ def fitting(tokenizer: Tokenizer, vocab_size: int, name: str) -> Tokenizer:
     return tokenizer
 
 
-def _first(vocabulary: dict[str, int], names: Sequence[str]) -> int | None:
+def _first(vocabulary: dict[str, int], names: Sequence[str | None]) -> int | None:
     return next((vocabulary[name] for name in names if name in vocabulary), None)

@@ -50,7 +50,7 @@ def complete(
     mesh, settings = mesh or Mesh(), EngineSettings()
     ranks = share_experts(model, mesh, pass_rows(model, settings), dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
-    end, positions = frozenset([tokenizer.eos]), model.config.max_positions
+    positions = model.config.max_positions
     own = range(mesh.rank, len(prompts), mesh.size)
     for number in own:
         ids = document(tokenizer, prompts[number])[-positions:]
@@ -60,7 +60,7 @@ def complete(
             sampling.top_p,
             seed=sampling.seed + number,
             stop=sampling.stops,
-            stop_tokens=end,
+            stop_tokens=tokenizer.ends,
         )
         engine.add(ids, wish)
     if mesh.size == 1:

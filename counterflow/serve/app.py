@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import RequestError
+from counterflow.infer.chat import Chat, chat_of
 from counterflow.infer.engine import Engine
 from counterflow.infer.request import Sampling
 from counterflow.serve.answers import ChatForm, Choice, CompletionForm, Form, failure, usage
@@ -51,7 +52,13 @@ class Service:
     """Whether /v1/ asks for a key."""
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time()))
+    chats: Chat = field(init=False)
+    """How conversations are written."""
     _worker: Worker | None = None
+
+    def __post_init__(self) -> None:
+        """Fails: DataError for a chat template that is none."""
+        self.chats = chat_of(self.tokenizer)
 
     @property
     def worker(self) -> Worker:
@@ -71,7 +78,7 @@ class Service:
     async def completions(self, asked: CompletionAsked, request: Request) -> Response:
         """POST /v1/completions."""
         self.require_model(asked)
-        prompts, sampling = asked.prompts(self.tokenizer), asked.settings(self.tokenizer.eos)
+        prompts, sampling = asked.prompts(self.tokenizer), asked.settings(self.tokenizer.ends)
         form = CompletionForm(self.name, self.tokenizer, asked.logprobs is not None)
         echoes = [self.tokenizer.decode(prompt, specials=False) if asked.echo else "" for prompt in prompts]
         return await self.respond(asked, form, prompts, echoes, sampling, request)
@@ -79,8 +86,8 @@ class Service:
     async def chat(self, asked: ChatAsked, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self.require_model(asked)
-        prompts = asked.prompts(self.tokenizer)
-        sampling = asked.settings(self.tokenizer.eos, self.engine.batch.positions, self.tokenizer)
+        prompts = asked.prompts(self.chats)
+        sampling = asked.settings(self.tokenizer.ends, self.engine.batch.positions, self.chats)
         form = ChatForm(self.name, self.tokenizer, asked.logprobs)
         return await self.respond(asked, form, prompts, [""], sampling, request)
 

@@ -4,20 +4,21 @@ A field that would change the text and is not built here is refused unless it st
 nothing. A field that nobody knows is refused too: a misspelt `max_token` that is read past gives a wrong answer.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import RequestError
+from counterflow.infer.chat import Chat
 from counterflow.infer.request import Sampling
 from counterflow.infer.text import document
 
 MOST_PROMPTS = 1024
 MOST_STOPS = 16
-ROLES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
-MARKS = {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
-"""The release's special tokens for roles; with a tokenizer that lacks them roles are written as words."""
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Of messages, and what they are called in a chat's form."""
 
 
 class StreamOptions(BaseModel):
@@ -48,7 +49,7 @@ class Asked(BaseModel):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
 
-    def sampling(self, eos: int, max_tokens: int, logprobs: int | None, prompt: bool) -> Sampling:
+    def sampling(self, ends: frozenset[int], max_tokens: int, logprobs: int | None, prompt: bool) -> Sampling:
         """How to draw; OpenAI's defaults.   Fails: RequestError."""
         for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
             if getattr(self, name):
@@ -63,7 +64,7 @@ class Asked(BaseModel):
             self.top_k or 0,
             self.seed,
             stop,
-            frozenset([eos]),
+            ends,
             logprobs,
             prompt,
         )
@@ -104,14 +105,14 @@ class CompletionAsked(Asked):
             raise RequestError(f"prompt is a list of {len(given)}; it must hold 1 to {MOST_PROMPTS} prompts.")
         return [document(tokenizer, one) if isinstance(one, str) else list(one) for one in given]
 
-    def settings(self, eos: int) -> Sampling:
+    def settings(self, ends: frozenset[int]) -> Sampling:
         """How to draw.   Fails: RequestError."""
         if self.best_of is not None and self.best_of != self.n:
             raise RequestError(f"best_of is {self.best_of} and n {self.n}; only best_of = n is supported.")
         if self.suffix:
             raise RequestError("suffix is not supported: leave it out.")
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return self.sampling(eos, max_tokens, self.logprobs, self.echo and self.logprobs is not None)
+        return self.sampling(ends, max_tokens, self.logprobs, self.echo and self.logprobs is not None)
 
 
 class Part(BaseModel):
@@ -143,29 +144,21 @@ class ChatAsked(Asked):
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = None
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
+    def prompts(self, chat: Chat) -> list[list[int]]:
         """Token ids of the conversation up to where the assistant speaks.   Fails: RequestError."""
         foreign = next((message.role for message in self.messages if message.role not in ROLES), None)
         if foreign is not None:
             raise RequestError(f"a message's role is '{foreign}'; known: {', '.join(ROLES)}.")
-        found = {role: tokenizer.bpe.token_to_id(mark) for role, mark in MARKS.items()}
-        marks = {role: token for role, token in found.items() if token is not None}
-        if len(marks) < len(MARKS):
-            turns = [f"{ROLES[message.role]}: {message.text()}\n\n" for message in self.messages]
-            return [document(tokenizer, "".join(turns) + "Assistant:")]
-        ids = [tokenizer.bos]
-        for message in self.messages:
-            ids += [marks[message.role]] if message.role in marks else []
-            ids += document(tokenizer, message.text())[1:]
-            ids += [tokenizer.eos] if message.role == "assistant" else []
-        return [[*ids, marks["assistant"]]]
+        return [
+            chat.prompt(
+                [{"role": ROLES[message.role], "content": message.text()} for message in self.messages]
+            )
+        ]
 
-    def settings(self, eos: int, positions: int, tokenizer: Tokenizer) -> Sampling:
+    def settings(self, ends: frozenset[int], positions: int, chat: Chat) -> Sampling:
         """How to draw; without a limit to the model's positions.   Fails: RequestError."""
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError(f"top_logprobs is {self.top_logprobs} without logprobs; set logprobs to true.")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        sampling = self.sampling(eos, positions if self.limit is None else self.limit, logprobs, False)
-        if tokenizer.bpe.token_to_id(MARKS["user"]) is None:  # roles are words: the next one's ends the turn
-            return Sampling(**{**vars(sampling), "stop": (*sampling.stop, "\n\nUser:")})
-        return sampling
+        sampling = self.sampling(ends, positions if self.limit is None else self.limit, logprobs, False)
+        return replace(sampling, stop=(*sampling.stop, *chat.stop))

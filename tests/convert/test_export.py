@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from counterflow.cli.loading import loaded
 from counterflow.comm.mesh import Mesh
 from counterflow.convert import fp8
-from counterflow.convert.export import CONFIG, Form, export
+from counterflow.convert.export import CONFIG, Form, differences, export
 from counterflow.convert.load import load_folder
 from counterflow.convert.shards import INDEX
-from counterflow.data.tokenizer import Tokenizer
+from counterflow.data.tokenizer import SPECIALS, Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
+from counterflow.data.tokenizer_files import Beside
 from counterflow.errors import CheckpointError, ConfigError
 from counterflow.model.weights import to_released
 from tests import processes
@@ -140,6 +141,30 @@ def test_transformers_reads_the_tokenizer(folder, tokenizer):
     theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
     assert theirs("def f(x): 12345")["input_ids"] == [tokenizer.bos, *tokenizer.encode("def f(x): 12345")]
     assert theirs.eos_token_id == tokenizer.eos
+    spelt = "".join(SPECIALS)
+    assert theirs(spelt)["input_ids"] == [tokenizer.bos, *tokenizer.encode(spelt)]
+
+
+def test_a_chat_template_and_all_ends_go_out_and_come_back(model, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    given = replace(
+        tokenizer, beside=Beside(eos=SPECIALS[0], ends=(7, 0), template="{{ bos_token }}{{ messages }}")
+    )
+    export(model, given, tmp_path / "out", Form("fp32"))
+    for file in (CONFIG, "generation_config.json"):
+        assert json.loads((tmp_path / "out" / file).read_text())["eos_token_id"] == [0, 7]
+    _, again = load_folder(tmp_path / "out")
+    assert again.ends == {0, 7} and again.beside.template == given.beside.template
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    assert theirs.chat_template == given.beside.template
+    assert theirs(SPECIALS[1], add_special_tokens=False)["input_ids"] == [1]  # its templates need it
+
+
+def test_what_transformers_does_otherwise_is_said(tokenizer):
+    assert differences(CONFIG_SMALL, tokenizer) == []
+    chats = replace(tokenizer, beside=Beside(template=""))
+    said = differences(replace(CONFIG_SMALL, rms_norm_eps=1e-5), chats)
+    assert len(said) == 2 and "split_special_tokens=True" in said[0] and "here 1e-05" in said[1]
 
 
 def test_a_promised_module_without_weights_fails_with_its_name(model, tokenizer, tmp_path):
@@ -267,6 +292,7 @@ import counterflow.convert.export as e
 from counterflow.data.tokenizer import load
 from tests.convert.test_export import CONFIG_SMALL, SMALL_SHARDS
 from tests.model.configs import random_model
+from counterflow.data.tokenizer_files import Beside
 from counterflow.errors import CheckpointError
 kind, out, tokenizer = sys.argv[1:]
 if kind == "full":

@@ -1,15 +1,20 @@
 """A learnt vocabulary loses nothing and keeps its special tokens apart; a given one must fit the model."""
 
+import base64
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
+from tokenizers import Tokenizer as Bpe
 
 from counterflow.config.run import Source
 from counterflow.data.corpus import open_corpus
-from counterflow.data.tokenizer import SPECIALS, Fim, Tokenizer, open_tokenizer
+from counterflow.data.tokenizer import SPECIALS, Fim, Tokenizer, load, open_tokenizer
+from counterflow.data.tokenizer_files import spelling
 from counterflow.errors import DataError
 from tests.data.texts import folder
 
@@ -53,6 +58,111 @@ def test_special_tokens_cannot_be_spelt(tokenizer: Tokenizer) -> None:
     assert min(ids) >= len(SPECIALS) and tokenizer.decode(ids) == text
     assert tokenizer.decode([*ids, tokenizer.eos]) == text
     assert tokenizer.decode([tokenizer.eos], specials=True) == SPECIALS[0]
+
+
+def test_control_tokens_cannot_be_spelt_whatever_their_mark(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The release marks its FIM signs and roles as not special; white space that was added stays what it is."""
+    bpe = Bpe.from_str(tokenizer.bpe.to_str())
+    names = ["<｜fim▁hole｜>", "</s>", "   "]
+    bpe.add_tokens([AddedToken(name, special=False, normalized=False) for name in names])
+    bpe.save(str(tmp_path / "t.json"))
+    opened = load(tmp_path / "t.json")
+    text = "a" + "b".join((*SPECIALS, *names[:2])) + "c"
+    for ids in (opened.encode(text), *opened.encode_all([text])):
+        assert max(ids) < 300 and min(ids) >= len(SPECIALS) and opened.decode(ids) == text
+    assert opened.encode("   ") == [302] and opened.decode([300, 302, 0]) == names[0] + names[2]
+    assert opened.controls == {name: opened.bpe.token_to_id(name) for name in (*SPECIALS, *names[:2])}
+
+
+def test_a_vocabulary_that_reads_control_tokens_out_of_texts_is_refused(tmp_path: Path) -> None:
+    bpe = Bpe(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
+    bpe.add_special_tokens(["</s>"])
+    bpe.save(str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"reads its control token '</s>' out of a text"):
+        load(tmp_path / "t.json")
+
+
+RANKS = [
+    *(bytes([byte]) for byte in range(256)),
+    b"th",
+    b"an",
+    b"and",
+    b"the",
+    b" the",
+    b"ther",
+    b"\xe6\xb1",
+    b"xthe",
+]
+"""The last follows from no merges: only a word that it is as a whole becomes it."""
+
+
+def tiktoken_folder(folder: Path, kind: str = "TikTokenTokenizer") -> Path:
+    """A vocabulary in the form in which Moonlight and Kimi have theirs; where its tokenizer.json would be."""
+    lines = [base64.b64encode(token) + f" {rank}".encode() for rank, token in enumerate(RANKS)]
+    (folder / "tiktoken.model").write_bytes(b"\n".join(lines))
+    first = len(RANKS)
+    names = {first: "[BOS]", first + 1: "[EOS]", first + 2: "<|im_end|>", first + 255: "[PAD]"}
+    settings = {
+        "tokenizer_class": kind,
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "pad_token": "[PAD]",
+        "added_tokens_decoder": {str(one): {"content": name, "special": True} for one, name in names.items()},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder / "tokenizer.json"
+
+
+def merged(piece: bytes) -> list[int]:
+    """tiktoken's rule for a piece of text: itself, or the pair of the lowest rank joined until none has one."""
+    parts = [piece] if piece in RANKS else [bytes([byte]) for byte in piece]
+    while True:
+        pairs = [(RANKS.index(a + b), at) for at, (a, b) in enumerate(pairwise(parts)) if a + b in RANKS]
+        if not pairs:
+            return [RANKS.index(part) for part in parts]
+        _, at = min(pairs)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory) -> Tokenizer:
+    return load(tiktoken_folder(tmp_path_factory.mktemp("ranks")))
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from([" the", " thether", " xan", " and", "汉字", "\n", "777", " !?", " [EOS"])
+    )
+)
+def test_a_tiktoken_file_is_read_as_tiktoken_reads_it(ranked: Tokenizer, pieces: list[str]) -> None:
+    """Each piece of the split joined by rank."""
+    text = "".join(pieces)
+    split = [piece for piece, _ in ranked.bpe.pre_tokenizer.pre_tokenize_str(text)]
+    bytes_of = {character: byte for byte, character in spelling().items()}
+    found = [bytes(bytes_of[character] for character in piece) for piece in split]
+    assert b"".join(found) == text.encode()
+    assert ranked.encode(text) == [token for piece in found for token in merged(piece)]
+    assert ranked.decode(ranked.encode(text)) == text
+
+
+def test_a_tiktoken_file_keeps_words_whole_and_names_its_reserved_tokens(ranked: Tokenizer) -> None:
+    assert ranked.encode("xthe xther") == [263, 32, *merged(b"xther")] and ranked.encode("Isn't")[-3:] == [
+        *b"n't"
+    ]
+    first = len(RANKS)
+    assert (ranked.bos, ranked.eos, ranked.pad, ranked.size) == (first, first + 1, first + 255, first + 256)
+    assert ranked.bpe.id_to_token(first + 9) == f"<|reserved_token_{first + 9}|>"
+
+
+def test_a_foreign_or_broken_tiktoken_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the tokenizer_class 'QWenTokenizer'.* put a tokenizer\.json there"):
+        load(tiktoken_folder(tmp_path, "QWenTokenizer"))
+    path = tiktoken_folder(tmp_path)
+    whole = (tmp_path / "tiktoken.model").read_bytes()
+    for broken in (whole[:-30], b"%%% 0", b"YQ== x", b"YQ==", b"\xff 1"):
+        (tmp_path / "tiktoken.model").write_bytes(broken)
+        with pytest.raises(DataError, match=r"tiktoken\.model is no (whole )?tiktoken file"):
+            load(path)
 
 
 def test_digits_are_split_by_threes(tokenizer: Tokenizer) -> None:
