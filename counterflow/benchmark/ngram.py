@@ -13,6 +13,7 @@ document: what lies before it counts as ends.
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class NGram:
 
 def measure(data: Data, order: int = 6) -> dict[str, Any]:
     """The baseline of a run's text: bits per byte of each order, and what it was measured on."""
-    cache, start = Path(data.cache_dir).expanduser(), time.perf_counter()
+    cache, start = Path(expanduser(data.cache_dir)), time.perf_counter()
     corpora = [open_corpus(source, data.held_out, cache) for source in data.sources]
     train = [document.text.encode() for corpus in corpora for document in corpus.train()]
     held_out = [document.text.encode() for corpus in corpora for document in corpus.held_out()]

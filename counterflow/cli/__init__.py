@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from keyword import iskeyword
+from os.path import expanduser
 
 from counterflow.errors import ConfigError, CounterflowError, nearest
 from counterflow.interrupt import INTERRUPTED, ends_at_once, say_interrupted
@@ -42,11 +43,22 @@ STORAGE = (
 """What a disk answers that has no room or no permission: a user's error wherever it arises."""
 
 
+TEXTS = ("--prompt",)
+"""Options whose values are no paths."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 2 a user's error, 3 not finite, 130 interrupted."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word if before in TEXTS else at_home(word) for before, word in zip(["", *given], given)]
     with ends_at_once():
         return _answered(words)
+
+
+def at_home(word: str) -> str:
+    """The word with `~` as a shell reads it: one in quotes, or behind KEY=, it has left as it is."""
+    key, equals, value = ("", "", word) if word.startswith("~") else word.partition("=")
+    return f"{key}{equals}{expanduser(value)}" if key not in TEXTS else word
 
 
 def _answered(words: list[str]) -> int:

@@ -56,11 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         return _started(config, arguments)
     complete = is_complete(config)  # told, like what is wrong, before torch is imported and ranks are started
     code = 0 if complete else _started(config, arguments)
-    if (
-        code == 0
-        and config.keep.report
-        and not (complete and (Path(config.folder).expanduser() / SAMPLE).is_file())
-    ):
+    if code == 0 and config.keep.report and not (complete and (Path(config.folder) / SAMPLE).is_file()):
         from counterflow.cli.generate import print_sample
 
         print_sample(config.folder)

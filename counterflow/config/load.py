@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,11 +39,41 @@ def load_run(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = _read_toml(Path(name)) if name.endswith(".toml") else {"base": name}
     tree.pop(CHANGES, None)
-    for keys, value in sorted(map(_override, overrides), key=lambda given: len(given[0])):
-        _plant(
-            tree, keys, value
-        )  # what is whole first, so that `model=small` leaves model.num_layers=6 as it is
-    return run_of(tree)
+    given: dict[str, Any] = {}
+    for keys, value in sorted(map(_override, overrides), key=lambda override: len(override[0])):
+        for key in reversed(keys):
+            value = {key: value}
+        given = _laid_over(given, value)  # what is whole first, so that model=small leaves model.num_layers=6
+    _require_one_model(tree, given, name)
+    return run_of(_laid_over(tree, given))
+
+
+def _laid_over(old: Any, new: Any, key: str = "") -> Any:
+    """Two values of one setting, in either order: of tables both; a name or paths stay the base of a table."""
+    if _table(old) is None and _table(new) is None:
+        return new
+    tables = [{"base": value} if isinstance(value, str | list) else _table(value) for value in (old, new)]
+    below, above = tables
+    if below is None or above is None:
+        inner = f"{key}.{next(iter(_table(new) or _table(old) or {}), '')}"
+        raise ConfigError(f"{key} is a value, not a table; '{inner}' is no setting.")
+    merged = dict(below)
+    for name, value in above.items():
+        whole = f"{key}.{name}".removeprefix(".")
+        merged[name] = _laid_over(merged[name], value, whole) if name in merged else value
+    return merged
+
+
+def _require_one_model(tree: Mapping[str, Any], given: Mapping[str, Any], file: str) -> None:
+    """Refuse another model on the command line beside a file's settings of its own: which is meant cannot be told."""
+    own, asked = [key for key in _table(tree.get("model")) or () if key != "base"], given.get("model")
+    base = asked.get("base") if isinstance(asked, dict) else asked
+    if own and base is not None:
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        raise ConfigError(
+            f"model={base} takes another model, and {file} has settings for its own (model.{own[0]}{more}); take those "
+            f"out of the file, or leave out model={base}."
+        )
 
 
 def _override(text: str) -> tuple[list[str], Any]:
@@ -55,7 +86,8 @@ def _override(text: str) -> tuple[list[str], Any]:
 
 def _start_from(tree: dict[str, Any], given: str) -> None:
     """`from = PATH`: model, tokenizer and weights of a run's or an exported folder, unless said otherwise."""
-    folder = Path(given) if Path(given).exists() or "/" in given else Path("runs") / given
+    path = Path(expanduser(given))
+    folder = path if path.exists() or "/" in given else Path("runs") / given
     described = next(
         (folder / name for name in ("run.toml", "config.json") if (folder / name).is_file()), None
     )
@@ -107,9 +139,9 @@ def _model(model: ModelConfig, given: Any) -> tuple[ModelConfig, dict[str, Any]]
     if base is None:
         return model, rest
     if str(base).endswith(".json"):
-        return read_released(Path(base)), rest
+        return read_released(Path(expanduser(base))), rest
     if str(base).endswith(".toml"):
-        return load_run(str(base)).model, rest
+        return load_run(expanduser(base)).model, rest
     return _named(base, MODELS, "model"), rest
 
 
@@ -129,20 +161,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
-
-
-def _plant(tree: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set a nested key; a name given to `model`, or paths to `data.sources`, stay the base of settings that follow."""
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = tree.get(key, {})
-        table = cast("dict[str, Any]", {"base": inner}) if isinstance(inner, str | list) else _table(inner)
-        if table is None:
-            raise ConfigError(
-                f"{'.'.join(keys[:depth])} is a value, not a table; '{'.'.join(keys)}' is no setting."
-            )
-        tree[key] = dict(table)
-        tree = tree[key]
-    tree[keys[-1]] = value
 
 
 def _table(value: Any) -> Mapping[str, Any] | None:

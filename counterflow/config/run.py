@@ -8,6 +8,7 @@ a run of a million tokens and one of 14.8 trillion; the defaults are the report'
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os.path import expanduser
 from pathlib import PurePath
 
 from counterflow.config.model import ModelConfig
@@ -359,7 +360,7 @@ class RunConfig:
     @property
     def folder(self) -> str:
         """Where the run is kept."""
-        return self.keep.folder or f"runs/{self.name}"
+        return expanduser(self.keep.folder) or f"runs/{self.name}"
 
 
 def _at_least(name: str, value: float | int, low: float | int) -> None:

@@ -19,4 +19,11 @@ def scalar(value: Any, kind: type, key: str, change: str = "") -> Any:
         value = int(value)
     if type(value) is not kind or value != value:  # NaN
         raise ConfigError(f"{key} is {value!r}; it must be {KINDS[kind]}{change}.")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{key} is {value!a}; its bytes are no UTF-8, and what keeps it would not be readable: rename it."
+            ) from None
     return value

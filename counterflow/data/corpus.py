@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from glob import glob, has_magic
 from hashlib import blake2b
+from os.path import expanduser
 from pathlib import Path, PurePath, PurePosixPath
 from sysconfig import get_path
 from typing import NamedTuple
@@ -190,7 +191,7 @@ def files(source: Source) -> list[tuple[str, Path]]:
     """(name relative to the source, file), sorted by name."""
     if source.path == STDLIB:
         return _stdlib()
-    path = Path(source.path).expanduser()
+    path = Path(expanduser(source.path))
     if path.is_file():
         if path.suffix not in TEXT + ROWS:
             raise DataError(

@@ -7,6 +7,7 @@ few memory copies, so there are no worker processes either.
 """
 
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ class Samples:
     """
 
     def __init__(self, data: Data, vocab_size: int, seed: int, quiet: bool = False) -> None:
-        self.data, cache = data, Path(data.cache_dir).expanduser()
+        self.data, cache = data, Path(expanduser(data.cache_dir))
         weights = [source.weight for source in data.sources]
         self._mixture = Mixture(weights, seed)
         self._corpora = [open_corpus(source, data.held_out, cache) for source in data.sources]

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def require_tokenizer(name: str, vocab_size: int) -> Tokenizer | None:
     """The tokenizer.json that is named, None where one is to be learnt.   Fails: DataError where the vocabulary is too
     small for either."""
     if name != "train":
-        path = Path(name).expanduser()
+        path = Path(expanduser(name))
         return fitting(
             load(path, "data.tokenizer must be 'train' or the path of a tokenizer.json"), vocab_size, name
         )

@@ -145,7 +145,7 @@ def say_complete(folder: Path, step: int) -> None:
 
 def folder_for(run: RunConfig) -> Path:
     """Where a run is kept, in full."""
-    return Path(run.folder).expanduser().resolve()
+    return Path(run.folder).resolve()
 
 
 def require_tracker(run: RunConfig) -> None:

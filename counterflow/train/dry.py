@@ -5,6 +5,7 @@ sample is shown where the text was tokenised before; else what is to be tokenise
 """
 
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 
 from counterflow.config.load import to_toml
@@ -183,7 +184,7 @@ def _text(run: RunConfig) -> Iterator[str]:
 
 def is_tokenised(run: RunConfig) -> bool:
     """Whether everything that is kept of a run's text between runs is there."""
-    data, cache = run.data, Path(run.data.cache_dir).expanduser()
+    data, cache = run.data, Path(expanduser(run.data.cache_dir))
     if not all(survey_folder(source, data.held_out, cache).is_dir() for source in data.sources):
         return False
     corpora = [open_corpus(source, data.held_out, cache) for source in data.sources]

@@ -1,5 +1,6 @@
 """A run's folder as it lies on disk: its files' names, its settings, whether a model is there; read without torch."""
 
+from os.path import expanduser
 from pathlib import Path
 
 from counterflow.config.load import load_run
@@ -29,7 +30,8 @@ def run_config(folder: Path) -> RunConfig:
 
 def folder_of(name: str) -> Path:
     """The folder that a command means: a path, or the name of a run in runs/."""
-    return Path(name) if Path(name).exists() or "/" in name else Path("runs") / name
+    path = Path(expanduser(name))
+    return path if path.exists() or "/" in name else Path("runs") / name
 
 
 def require_model(name: str, option: str = "--run") -> None:

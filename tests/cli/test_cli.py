@@ -39,7 +39,7 @@ def test_what_is_complete_or_wrong_is_said_without_torch(tmp_path):
     train, nowhere = ["train", "tiny", *overrides(tmp_path)], str(tmp_path / "nowhere")
     commands = {
         f"{run} is complete (step 24); keep.resume=never trains it anew.": train,
-        "train.lr.peak was 0.003, is 0.5": [*train, "train.lr.peak=0.5"],
+        "train.seed was 0, is 5": [*train, "train.seed=5"],
         "data.fim_rate was 0.1, is 0.0": [*train, "data.fim_rate=0"],
         f"data.sources.0.path was '{tmp_path / 'text.txt'}', is 'a.txt'": [*train, "data.sources=a.txt"],
         "is 'a.txt' and 'b.txt'": [*train, 'data.sources=["a.txt", "b.txt"]'],

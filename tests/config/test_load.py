@@ -2,17 +2,24 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterflow.cli import at_home
 from counterflow.config.load import all_keys, load_run, to_toml
 from counterflow.config.model import Yarn
 from counterflow.config.models import MODELS
 from counterflow.config.run import RunConfig, Source
 from counterflow.config.runs import RUNS
+from counterflow.data.corpus import files
 from counterflow.errors import ConfigError
+from counterflow.plan.layout import schedule_of
+from counterflow.schedule import SCHEDULES
+from counterflow.schedule.text import to_csv
+from counterflow.train.folder import folder_of
 
 pytestmark = pytest.mark.pure
 
@@ -108,9 +115,66 @@ def test_a_setting_of_a_source_changes_what_a_file_says(tmp_path, given, sources
     assert load_run(str(path), ["data.sources.0.field=body"]).data.sources == sources
 
 
-def test_a_name_after_its_settings_leaves_them():
-    after = load_run("tiny", ["model.num_layers=6", "model=small"]).model
-    assert after == dataclasses.replace(MODELS["small"], num_layers=6)
+SIX = dataclasses.replace(MODELS["small"], num_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "lr", "batch"),
+    [
+        (["model.num_layers=6", "model=small"], SIX, 3e-3, 16),
+        (["model={num_layers=6}", "model=small"], SIX, 3e-3, 16),
+        (["model=small", "model={num_layers=6}"], SIX, 3e-3, 16),
+        (["train.lr.peak=1.0", "train={batch_size=32}"], MODELS["tiny"], 1.0, 32),
+        (["train={batch_size=32}", "train={lr={peak=2.0}}", "train.lr.peak=1.0"], MODELS["tiny"], 1.0, 32),
+    ],
+)
+def test_a_name_and_tables_leave_settings_given_before_or_after(overrides, model, lr, batch):
+    run = load_run("tiny", overrides)
+    assert (run.model, run.train.lr.peak, run.train.batch_size) == (model, lr, batch)
+
+
+def test_a_table_on_the_command_line_leaves_a_files_settings_and_another_model_beside_them_is_refused(
+    tmp_path,
+):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nnum_layers = 6\n[train]\nbatch_size = 32\n")
+    run = load_run(str(path), ["train={seed=5}", "model.num_heads=2"])
+    assert (run.train.batch_size, run.train.seed, run.model.num_layers, run.model.num_heads) == (32, 5, 6, 2)
+    with pytest.raises(ConfigError, match=r"has settings for its own \(model.num_layers\)"):
+        load_run(str(path), ["model=small"])
+    path.write_text('model = "tiny"\n')
+    assert load_run(str(path), ["model=small", "model.num_layers=6"]).model == SIX
+
+
+def test_what_was_changed_in_a_run_is_no_setting(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[[changes]]\nstep = 3\nsetting = "train.lr.peak"\nwas = "1"\nnow = "2"\n')
+    assert load_run(str(path)) == RunConfig(name="run", model=MODELS["tiny"])
+
+
+@pytest.mark.parametrize("key", ["data.sources", "data.tokenizer", "keep.folder", "data.cache_dir", "name"])
+def test_a_name_that_run_toml_could_not_hold_is_refused(key):
+    with pytest.raises(ConfigError, match=r"is 'caf\\udce9'; its bytes are no UTF-8"):
+        load_run("tiny", [f"{key}={os.fsdecode(b'caf' + bytes([0xE9]))}"])
+
+
+def test_a_tilde_is_the_home_folder_in_every_setting(tmp_path, monkeypatch):
+    """What a shell expands only where it begins a word: from TOML, and behind KEY=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text("[model]\nnum_layers = 6\n")
+    (tmp_path / "own.csv").write_text(to_csv(SCHEDULES["1f1b"](2, 4)))
+    (tmp_path / "t.txt").write_text("text")
+    run = load_run(
+        "tiny", ["from=~/run", "keep.folder=~/run", "parallel.schedule=~/own.csv", "parallel.pipeline=2"]
+    )
+    assert run.model.num_layers == 6 and folder_of(run.train.start_from) == tmp_path / "run"
+    assert run.folder == str(tmp_path / "run") and schedule_of(run.parallel, 4).ranks == 2
+    assert load_run("tiny", ["model=~/run/run.toml"]).model.num_layers == 6
+    assert files(Source("~/t.txt")) == [("t.txt", tmp_path / "t.txt")]
+    words = ["--launch=~/out", "name=~/a", "~/t.txt", "a~b", "x=a~", "--prompt=~/a"]
+    home = [f"--launch={tmp_path}/out", f"name={tmp_path}/a", f"{tmp_path}/t.txt", *words[3:]]
+    assert list(map(at_home, words)) == home
 
 
 @pytest.mark.parametrize(
