@@ -17,6 +17,7 @@ from counterflow.progress import say
 
 VERBS: Mapping[str, str] = {
     "train": "train a model: a run's name or a TOML file, then key=value overrides",
+    "data": "turn a run's text into tokens before it is trained on",
     "generate": "write text with a trained run or an exported model",
     "serve": "serve a model by OpenAI's API, with a page to try it",
     "export": "write a run as a folder in the released checkpoint format",

@@ -6,12 +6,15 @@ of all that decides its content, so nothing is ever updated. Not taken: one cach
 crash can tear.
 """
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import IO
 
 from counterflow.errors import DataError
 
@@ -22,6 +25,9 @@ except (
 ):  # Windows has no flock: two processes may both build, and the rename lets the first one win
     fcntl = None
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What file systems answer that know no locks, as NFS and Lustre may be mounted."""
+
 
 def key_of(*parts: object) -> str:
     """A name of 32 hex digits for a tuple of plain values, the same on every machine."""
@@ -30,41 +36,81 @@ def key_of(*parts: object) -> str:
 
 def build_once(folder: Path, write: Callable[[Path], object]) -> Path:
     """The folder, made by `write` if it is not there yet. Fails: DataError if it cannot be written."""
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+    if not folder.is_dir():
+        with in_place_of(folder), locked(folder.with_name(f"{folder.name}.lock")):
             if not folder.is_dir():
                 _build(folder, write)
+    return folder
+
+
+def finish_once(folder: Path, growing: Path, finish: Callable[[], object]) -> Path:
+    """The folder, which is `growing` once `finish` has ended; what lies in `growing` stays if that is killed.
+
+    Fails: DataError if it cannot be written.
+    """
+    with in_place_of(folder), locked(folder.with_name(f"{folder.name}.lock")):
+        if not folder.is_dir():
+            finish()
+            _rename(growing, folder)
+    return folder
+
+
+@contextmanager
+def in_place_of(folder: Path) -> Iterator[None]:
+    """For writing what becomes this folder, below one that is made.   Fails: DataError for an error of the system."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise DataError(
             f"cannot write {folder}: {error}. Tokenizer and token shards need a folder with room and "
             "permission: free space there, or set data.cache_dir to another folder."
         ) from error
-    return folder
 
 
 def _build(folder: Path, write: Callable[[Path], object]) -> None:
+    for left in folder.parent.glob(f"{folder.name}.*.partial"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     try:
         write(beside)
-        os.rename(beside, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
+        _rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _rename(made: Path, folder: Path) -> None:
+    """Where there are no locks, another process may have been first."""
+    try:
+        os.rename(made, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Held while inside; the kernel frees it if the process dies."""
     with open(path, "w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         yield
     with suppress(OSError):
         path.unlink()
+
+
+def lock(file: IO[str], wait: bool = True) -> str:
+    """Lock an open file until it is closed; empty, or why its file system has no locks, which is logged.
+
+    Fails: BlockingIOError where another process has it and is not to be waited for.
+    """
+    if fcntl is None:
+        return "this system has none"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logging.getLogger(__name__).info("no lock on %s: %s", file.name, error)
+        return error.strerror or str(error)
+    return ""

@@ -7,6 +7,7 @@ few memory copies, so there are no worker processes either.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from counterflow.config.run import Data
 from counterflow.data.cache import key_of
-from counterflow.data.corpus import open_corpus
+from counterflow.data.corpus import Corpus, open_corpus
 from counterflow.data.pack import Mixture, bijection, permutation
-from counterflow.data.shards import Shards, open_shards
-from counterflow.data.tokenizer import open_tokenizer
+from counterflow.data.shards import PARTS, Made, Shards, is_tokenised, made_from, open_shards, tokenise
+from counterflow.data.tokenizer import Tokenizer, open_tokenizer
 from counterflow.errors import DataError
 
 
@@ -69,6 +70,36 @@ class Packed:
         return self._orders[epoch]
 
 
+@dataclass(frozen=True)
+class Text:
+    """What a run's tokens are made from: its sources, read through, and its tokenizer."""
+
+    corpora: tuple[Corpus, ...]
+    tokenizer: Tokenizer
+    made: tuple[Made, ...]
+    """The training parts of all sources, then the held-out ones."""
+
+
+def open_text(data: Data, vocab_size: int, quiet: bool = False) -> Text:
+    """A run's sources and tokenizer; the first use reads all of the text and learns the tokenizer."""
+    cache = Path(expanduser(data.cache_dir))
+    corpora = tuple(open_corpus(source, data.held_out, cache) for source in data.sources)
+    tokenizer = open_tokenizer(data.tokenizer, vocab_size, corpora, cache, quiet)
+    made = (made_from(corpus, part, tokenizer, data.fim_rate) for part in PARTS for corpus in corpora)
+    return Text(corpora, tokenizer, tuple(made))
+
+
+def tokenise_share(data: Data, vocab_size: int, share: tuple[int, int], quiet: bool = False) -> bool:
+    """One process's share, (index, count), of a run's text to tokens, which are kept; whether all shares are there.
+
+    `Samples` makes what is left and puts them together.
+    """
+    text, cache = open_text(data, vocab_size, quiet), Path(expanduser(data.cache_dir))
+    for made in text.made:
+        tokenise(made, cache, share, quiet)
+    return all(is_tokenised(made, cache) for made in text.made)
+
+
 class Samples:
     """The text of a run as samples. A pure function of (data, vocab_size, seed) and the index asked for.
 
@@ -80,17 +111,10 @@ class Samples:
         self.data, cache = data, Path(expanduser(data.cache_dir))
         weights = [source.weight for source in data.sources]
         self._mixture = Mixture(weights, seed)
-        self._corpora = [open_corpus(source, data.held_out, cache) for source in data.sources]
-        self.tokenizer = open_tokenizer(data.tokenizer, vocab_size, self._corpora, cache, quiet)
-        """Special ids, encode and decode."""
-        opened = [
-            [
-                open_shards(corpus, part, self.tokenizer, data.fim_rate, cache, quiet)
-                for corpus in self._corpora
-            ]
-            for part in ("train", "held_out")
-        ]
-        train, self._held_out = opened
+        text = open_text(data, vocab_size, quiet)
+        self._corpora, self.tokenizer = text.corpora, text.tokenizer
+        opened = [open_shards(made, cache, quiet) for made in text.made]
+        train, self._held_out = opened[: len(text.corpora)], opened[len(text.corpora) :]
         length = data.sequence_length
         self._packed = [Packed(shards, length, seed, number) for number, shards in enumerate(train)]
         self.train_tokens = sum(shards.num_tokens for shards in train)

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as Bpe
 
 from counterflow.data.cache import build_once, key_of
 from counterflow.data.corpus import Corpus
+from counterflow.data.pieces import one_line, pieces, without_long_words
 from counterflow.data.tokenizer_files import (
     TIKTOKEN,
     TOKENIZER,
@@ -103,11 +104,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end token."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        with one_line(text):
+            encoded = (self.plain.encode(piece, add_special_tokens=False) for piece in pieces(text))
+            return [id for piece in encoded for id in piece.ids]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [encoded.ids for encoded in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        """Ids of many texts, each no longer than `pieces` are, on all cores."""
+        with one_line(*texts):
+            return [encoded.ids for encoded in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of ids; special tokens are written out only if asked for."""
@@ -171,7 +175,12 @@ def learn(corpora: Sequence[Corpus], vocab_size: int, quiet: bool = True) -> Bpe
         show_progress=False,
     )
     with Progress("learning the tokenizer", shown=not quiet) as progress:
-        bpe.train_from_iterator(_watched(islice(_by_turns(corpora), LEARN_FROM), progress), trainer)
+        texts = _watched(islice(_by_turns(corpora), LEARN_FROM), progress)
+        with one_line():
+            bpe.train_from_iterator(
+                (part for text in texts for piece in pieces(text) for part in without_long_words(piece)),
+                trainer,
+            )
     return bpe
 
 

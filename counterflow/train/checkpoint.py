@@ -142,8 +142,12 @@ class Checkpoints:
         if some:
             names = self.mesh.union(pieces)
             self.mesh.first_does(lambda: manifest.verify(path, files_of(path, names)))
-        with quiet():
-            dcp.load(dict(wanted), storage_reader=PieceReader(path), planner=LoadPieces(), no_dist=True)
+        with quiet():  # together, so that none is at the next step while another still reads
+            self.mesh.all_do(
+                lambda: dcp.load(
+                    dict(wanted), storage_reader=PieceReader(path), planner=LoadPieces(), no_dist=True
+                )
+            )
 
     def _saved(self, step: int) -> Mapping[str, Any]:
         return dcp.FileSystemReader(str(self.path(step))).read_metadata().state_dict_metadata

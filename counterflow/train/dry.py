@@ -11,7 +11,7 @@ from pathlib import Path
 from counterflow.config.load import to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.corpus import documents, files, open_corpus, survey_folder
-from counterflow.data.shards import shards_folder
+from counterflow.data.shards import PARTS, made_from, shards_folder
 from counterflow.data.tokenizer import learnt_folder, load, require_tokenizer
 from counterflow.plan.cost import Costs
 from counterflow.plan.hardware import hardware
@@ -195,9 +195,9 @@ def is_tokenised(run: RunConfig) -> bool:
             return False
         tokenizer = load(learnt / "tokenizer.json")
     return all(
-        shards_folder(corpus, "train", tokenizer, data.fim_rate, cache).is_dir()
-        and shards_folder(corpus, "held_out", tokenizer, 0.0, cache).is_dir()
+        shards_folder(made_from(corpus, part, tokenizer, data.fim_rate), cache).is_dir()
         for corpus in corpora
+        for part in PARTS
     )
 
 

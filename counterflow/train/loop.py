@@ -21,7 +21,7 @@ from counterflow.comm.mesh import Mesh, device_for, precision_for
 from counterflow.config.load import to_toml
 from counterflow.config.run import RunConfig
 from counterflow.data.corpus import STDLIB
-from counterflow.data.loader import Samples
+from counterflow.data.loader import Samples, open_text, tokenise_share
 from counterflow.errors import CheckpointError, CounterflowError
 from counterflow.interrupt import stop_signals
 from counterflow.kernels.memory import keep_freed_memory
@@ -102,14 +102,22 @@ def start_from(run: RunConfig, step: int, checkpoints: Checkpoints) -> None:
 
 
 def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
-    """The run's text; the first rank makes what is cached, the others read it."""
-    opened: list[Samples] = []
+    """The run's text: read through by the first rank, tokenised by all in shares, checked by each."""
+    data, size, opened = run.data, run.model.vocab_size, list[Samples]()
 
-    def first() -> None:
-        opened.append(Samples(run.data, run.model.vocab_size, run.train.seed))
+    def read_through() -> None:
+        open_text(data, size)
 
-    mesh.first_does(first)
-    return opened[0] if opened else Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
+    def open_here() -> None:
+        if not opened:
+            opened.append(Samples(data, size, run.train.seed, quiet=not mesh.first))
+
+    if mesh.size > 1:
+        mesh.first_does(read_through)
+        mesh.all_do(lambda: tokenise_share(data, size, (mesh.rank, mesh.size), quiet=not mesh.first))
+    mesh.first_does(open_here)  # what all have made becomes whole
+    mesh.all_do(open_here)
+    return opened[0]
 
 
 def resolve(run: RunConfig) -> RunConfig:

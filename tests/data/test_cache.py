@@ -1,5 +1,7 @@
 """A cached folder is made once, whole or not at all."""
 
+import errno
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,3 +39,18 @@ def test_a_failure_leaves_nothing_and_the_next_try_works(tmp_path: Path) -> None
 def test_key_is_fixed_for_all_time() -> None:
     """Caches and checkpoints' fingerprints rely on it."""
     assert key_of(1, ["a"], 0.1) == "793b75bd2fce8330f2b9f673b583588c"
+
+
+def test_what_a_killed_process_left_goes_when_its_folder_is_made(tmp_path: Path) -> None:
+    (tmp_path / "made.77.partial").mkdir()
+    build_once(tmp_path / "made", lambda folder: (folder / "x").touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_systems_without_locks_are_written_without(tmp_path: Path, monkeypatch, number: int) -> None:
+    def none(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    assert build_once(tmp_path / "made", lambda folder: (folder / "x").touch()).is_dir()

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterflow.cli import main
 from counterflow.config.run import Source
 from counterflow.data.loader import Samples
 from counterflow.errors import DataError
 from tests.data.texts import data, folder
+from tests.train.runs import overrides
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +159,16 @@ def test_less_text_than_a_sample(tmp_path: Path) -> None:
     few = data(tmp_path, Source(str(tmp_path / "b.txt")), sequence_length=60, held_out=0.01)
     with pytest.raises(DataError, match=r"held-out part has \d+ tokens; .*Raise data.held_out \(now 0.01\)"):
         Samples(few, 300, 0, quiet=True)
+
+
+def test_data_tokenises_before_a_run_alone_or_in_shares(tmp_path, monkeypatch, capsys):
+    """Of two processes the last one puts the shares together; training then reads no text."""
+    words = ["data", "tiny", *overrides(tmp_path)]
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    for rank, said in (("1", "Rank 1 of 2 has made its share.\n"), ("0", " tokens to train on and ")):
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0 and said in capsys.readouterr().out
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr("counterflow.data.shards.tokenise", None)
+    assert main(words) == 0 and " tokens to train on and " in capsys.readouterr().out

@@ -11,10 +11,11 @@ import pytest
 from counterflow.config.run import Source
 from counterflow.data.corpus import open_corpus
 from counterflow.data.pack import fim_cut
-from counterflow.data.shards import Shards, open_shards
-from counterflow.data.tokenizer import open_tokenizer
+from counterflow.data.pieces import pieces
+from counterflow.data.shards import Shards, made_from, open_shards, tokenise
+from counterflow.data.tokenizer import Tokenizer, open_tokenizer
 from counterflow.errors import DataError
-from tests.data.texts import folder
+from tests.data.texts import folder, text
 
 
 class Made:
@@ -26,7 +27,7 @@ class Made:
         self.tokenizer = open_tokenizer("train", 300, [self.corpus], self.cache, quiet=True)
 
     def open(self, part="train", fim_rate=0.5, **rest) -> Shards:
-        return open_shards(self.corpus, part, self.tokenizer, fim_rate, self.cache, **rest)
+        return open_shards(made_from(self.corpus, part, self.tokenizer, fim_rate), self.cache, **rest)
 
     def folder(self) -> Path:
         (found,) = (self.cache / "shards").iterdir()
@@ -71,7 +72,7 @@ def test_sec4_1_held_out_part_has_no_holes(made: Made) -> None:
 
 
 def test_many_shards_read_as_one(made: Made) -> None:
-    whole, parts = made.open(), made.open(shard_tokens=200)
+    whole, parts = made.open(), made.open(shard_bytes=1000)
     assert len(parts.tokens) > 4 and len(whole.tokens) == 1
     assert parts.num_tokens == whole.num_tokens and tokens(parts) == tokens(whole)
     for start in range(0, whole.num_tokens - 300, 97):
@@ -82,14 +83,14 @@ def test_many_shards_read_as_one(made: Made) -> None:
 
 
 def test_manifest_says_what_is_there(made: Made) -> None:
-    shards = made.open(shard_tokens=500)
+    shards = made.open(shard_bytes=2000)
     manifest = json.loads((made.folder() / "manifest.json").read_text())
     assert manifest["tokens"] == shards.num_tokens == sum(map(len, shards.tokens))
     assert manifest["documents"] == len(list(made.corpus.train()))
     assert manifest["text_bytes"] == sum(len(d.text.encode()) for d in made.corpus.train())
     assert manifest["corpus"] == made.corpus.survey.hash and manifest["tokenizer"] == made.tokenizer.hash
     assert shards.tokens[0].dtype == np.uint16 and shards.offsets.dtype == np.int64
-    assert not list(made.cache.rglob("*.partial"))
+    assert {path.name for path in made.folder().iterdir()} == {*manifest["files"], "manifest.json"}
 
 
 def test_large_vocabularies_take_32_bits(made: Made) -> None:
@@ -102,7 +103,7 @@ def test_made_once_for_each_setting(made: Made, monkeypatch) -> None:
     assert len(list((made.cache / "shards").iterdir())) == 2
     made.open("held_out", 0.5), made.open("held_out", 0.25)
     assert len(list((made.cache / "shards").iterdir())) == 3, "FIM does not touch the held-out part"
-    monkeypatch.setattr("counterflow.data.shards._write", None)
+    monkeypatch.setattr("counterflow.data.shards.tokenise", None)
     made.open()
 
 
@@ -147,7 +148,7 @@ def test_full_disk(made: Made, monkeypatch) -> None:
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(DataError, match=r"cannot write .*shards.*No space left on device.*data.cache_dir"):
         made.open()
-    assert not list(made.cache.rglob("*.partial"))
+    assert not list(made.cache.rglob("*.new"))
     monkeypatch.undo()
     made.open()
 
@@ -157,3 +158,31 @@ def test_cache_that_cannot_be_a_folder(made: Made, tmp_path: Path) -> None:
     made.cache = tmp_path / "file" / "cache"
     with pytest.raises(DataError, match=r"cannot write .*Not a directory.*data.cache_dir"):
         made.open()
+
+
+def test_shares_of_a_text_that_are_kept_are_those_of_one_process(made: Made, monkeypatch) -> None:
+    """Three make a share each; what is there then is made no more, whoever goes on, and is the whole."""
+    whole = made.open(shard_bytes=999)
+    expected = tokens(whole)
+    text = made_from(made.corpus, "train", made.tokenizer, 0.5)
+    seen: list[int] = []
+    encode = Tokenizer.encode_all
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: seen.append(1) or encode(self, texts))
+    for share in ((0, 3), (2, 3), (1, 3)):
+        before = len(seen)
+        tokenise(text, made.cache, share, shard_bytes=1000)
+        assert len(seen) > before
+    (growing,) = (made.cache / "shards").glob("*.growing")
+    (growing / "tokens-00002.npy").unlink()  # a share of a machine with another disk, or a killed one
+    before = len(seen)
+    assert tokens(made.open(shard_bytes=1000)) == expected
+    assert len(seen) == before + 1 and not growing.exists()
+
+
+def test_a_long_text_has_the_tokens_that_it_has_at_once(made: Made) -> None:
+    long = "".join(text(seed) for seed in range(40))
+    cut = list(pieces(long, 300))
+    assert "".join(cut) == long and max(map(len, cut)) <= 300 < 10 * len(cut)
+    ids = [id for piece in cut for id in made.tokenizer.encode(piece)]
+    assert ids == made.tokenizer.encode(long)
+    assert list(map(len, pieces("x" * 1000, 300))) == [300, 300, 300, 100]

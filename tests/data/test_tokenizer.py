@@ -4,6 +4,7 @@ import base64
 import json
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer as Bpe
 
 from counterflow.config.run import Source
 from counterflow.data.corpus import open_corpus
+from counterflow.data.pieces import without_long_words
 from counterflow.data.tokenizer import SPECIALS, Fim, Tokenizer, load, open_tokenizer
 from counterflow.data.tokenizer_files import spelling
 from counterflow.errors import DataError
@@ -225,3 +227,29 @@ def test_vocabulary_too_small_for_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"model.vocab_size is 260; .* need at least 261"):
         learnt(tmp_path, 260)
     assert learnt(tmp_path, 261).size == 261
+
+
+def test_what_has_no_words_is_learnt_from_in_time_with_its_length(tmp_path: Path) -> None:
+    """DNA and spaces: no word is longer than a thousand characters; the square of these lengths takes minutes."""
+    (tmp_path / "texts").mkdir()
+    dna = "".join(Random(0).choices("ACGT", k=2**18))
+    (tmp_path / "texts" / "dna.txt").write_text(dna + " " * 2**18 + "x")
+    tokenizer = learnt(tmp_path)
+    assert tokenizer.size == 300 and tokenizer.decode(tokenizer.encode(dna)) == dna
+
+
+def test_words_that_are_long_change_no_others() -> None:
+    dna, prose = "ACGT" * 600, "Ein Satz, der kurz ist. " * 100
+    assert list(without_long_words(prose)) == [prose]
+    assert [len(part) for part in without_long_words(f"{prose}{dna} {prose}")] == [3400, 1000, 2801]
+
+
+def test_a_panic_of_the_library_is_one_line(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Onig gives up: the pattern has 2^n ways to fail."""
+    content = json.loads(tokenizer.bpe.to_str())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(a|a)+b"
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    opened = open_tokenizer(str(tmp_path / "t.json"), 300, [], tmp_path, quiet=True)
+    for encode in (opened.encode, lambda text: opened.encode_all([text])):
+        with pytest.raises(DataError, match=r"cannot take these texts .*40 characters"):
+            encode("a" * 40)
