@@ -34,6 +34,9 @@ class HumanEval:
     """0 writes the likeliest text; more than one sample needs more, such as 0.8."""
     top_p: float = 0.95
     max_tokens: int = 512
+    positions: int = 0
+    """Prompt and text together have so many tokens at most; 0: the model's positions. Memory is taken for the longest
+    prompt and its text."""
     seed: int = 0
     prompt: str = "as-is"
     """as-is, or stripped of white space at its end."""
@@ -75,7 +78,9 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
     settings: dict[str, Any] = {"model": wish.run or wish.completions}
     if wish.run:
         model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision, mesh)
-        sampling = Sampling(wish.max_tokens, wish.temperature, wish.top_p, wish.seed, bench.STOPS)
+        sampling = Sampling(
+            wish.max_tokens, wish.temperature, wish.top_p, wish.seed, bench.STOPS, wish.positions
+        )
         settings |= {"precision": wish.precision, "averaged": wish.averaged, "batch": BATCH}
         settings |= {"prompt": wish.prompt, "sampling": asdict(sampling)}
         texts = bench.written(
@@ -212,6 +217,8 @@ class ExpertLoad:
     """The key or column that holds the text, in .jsonl and .parquet."""
     max_tokens: int = 100_000
     """Of each kind."""
+    window: int = 0
+    """Tokens that the model sees at once; 0: its positions."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     device: str = "auto"
@@ -233,7 +240,8 @@ def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
     domains = {name: Source(path, field=wish.field) for name, path in pairs}
     if len(domains) < len(pairs):
         raise ConfigError(f"two kinds of text have one name in {' '.join(wish.texts)}; give each its own.")
-    counted = bench.expert_load(model, tokenizer, domains, wish.max_tokens)
+    window = _window(wish.window, model.config.max_positions)
+    counted = bench.expert_load(model, tokenizer, domains, wish.max_tokens, window)
     loads = {name: bench.relative_load(one) for name, one in counted.items()}
     picture = Path(wish.picture or folder / "expert_load.png")
     bench.draw(loads, model.config.num_dense_layers, picture)
@@ -263,6 +271,8 @@ class Binoculars:
     """A run or exported folder whose perplexity is measured; in the paper the one tuned further."""
     field: str = "text"
     max_documents: int = 100
+    window: int = 0
+    """Tokens that the models see at once; 0: the positions of the one that has fewer."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     device: str = "auto"
@@ -286,10 +296,11 @@ def binoculars(wish: Binoculars, mesh: "Mesh") -> None:
             f"{wish.observer} and {wish.performer} have different vocabularies; their predictions can be compared "
             "only over the same tokens: take two checkpoints of one tokenizer."
         )
+    window = _window(wish.window, min(observer.config.max_positions, performer.config.max_positions))
     rows: list[tuple[str, str]] = []
     for path in wish.texts:
         for document in islice(documents(Source(path, field=wish.field)), wish.max_documents):
-            found = score(observer, performer, tokenizer, document.text)
+            found = score(observer, performer, tokenizer, document.text, window)
             rows.append((_named(path, document.name), f"{found:.4f}"))
     if not rows:
         raise DataError(

@@ -15,7 +15,9 @@ from counterflow.progress import Progress
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
+    from counterflow.data.tokenizer import Tokenizer
     from counterflow.infer.engine import Engine
+    from counterflow.infer.request import Sampling
 
 SAMPLE_PROMPT = "def __init__(self"
 SAMPLE_TOKENS = 120
@@ -30,6 +32,8 @@ class Generate:
     prompt: str = ""
     """What the text goes on from; empty: the beginning of a document."""
     max_tokens: int = 200
+    positions: int = 0
+    """Prompt and text together may have so many tokens; 0: as many as they need, within the model's positions."""
     temperature: float = 0.8
     """0 takes the likeliest token every time."""
     top_p: float = 0.95
@@ -81,39 +85,35 @@ def generate(wish: Generate, mesh: "Mesh | None" = None, began: float | None = N
     command did.
     """
     began = perf_counter() if began is None else began
-    from counterflow.infer.engine import Engine, pass_rows
+    from counterflow.infer.engine import Engine, pass_rows, with_room
     from counterflow.infer.ranks import share_experts
-    from counterflow.infer.request import Sampling
     from counterflow.infer.statistics import Took, described
     from counterflow.infer.text import document
     from counterflow.train.folder import folder_of
 
-    mesh, settings = mesh or mesh_on(wish.device), settings_of(1, wish.drafts)
+    mesh, settings = mesh or mesh_on(wish.device), settings_of(1, wish.drafts, positions=wish.positions)
     model, tokenizer = loaded(folder_of(wish.run), wish.averaged, wish.precision, mesh, settings)
+    prompt = mesh.all_do(lambda: document(tokenizer, wish.prompt))
+    settings = with_room(model, settings, len(prompt) + wish.max_tokens)
     ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
 
-    def ask() -> None:
-        sampling = Sampling(
-            wish.max_tokens,
-            wish.temperature,
-            wish.top_p,
-            wish.top_k,
-            wish.seed,
-            wish.stop,
-            stop_tokens=tokenizer.ends,
-        )
-        engine.add(document(tokenizer, wish.prompt), sampling)
-
     for record in engine.recordings([1], [wish.temperature == 0]):
         record()
-    mesh.first_does(ask)
+    mesh.first_does(lambda: engine.add(prompt, _sampling(wish, tokenizer)))
     ready = perf_counter()
     text, first, last = _printed(engine, wish.prompt if mesh.first else "")
     if wish.stats and mesh.first:
         took = Took(ready - began, first - ready, last - first)
         print(f"\n{described(engine.statistics, engine.depth, took)}", file=sys.stderr)
     return text
+
+
+def _sampling(wish: Generate, tokenizer: "Tokenizer") -> "Sampling":
+    from counterflow.infer.request import Sampling
+
+    drawn = (wish.temperature, wish.top_p, wish.top_k, wish.seed)
+    return Sampling(wish.max_tokens, *drawn, stop=wish.stop, stop_tokens=tokenizer.ends)
 
 
 def _printed(engine: "Engine", shown: str) -> tuple[str, float, float]:

@@ -39,11 +39,15 @@ def precision_on(mesh: "Mesh", precision: str) -> str:
     return chosen
 
 
-def settings_of(max_sequences: int, drafts: int, **others: float) -> "EngineSettings":
+def settings_of(
+    max_sequences: int, drafts: int, positions: int = 0, cache_bytes: float = 2**30
+) -> "EngineSettings":
     """An engine's settings: a number of drafts that somebody names is kept to, −1 leaves it to what is measured."""
     from counterflow.infer.engine import ALL, EngineSettings
 
-    return EngineSettings(max_sequences, drafts=drafts, adapt=drafts == ALL, **others)
+    return EngineSettings(
+        max_sequences, drafts=drafts, adapt=drafts == ALL, positions=positions, cache_bytes=cache_bytes
+    )
 
 
 def say_unpacked(folder: Path, precision: str) -> None:

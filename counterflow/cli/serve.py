@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from socket import socket
@@ -50,6 +50,8 @@ class Serve:
     max_body_bytes: int = 2**20
     cache_bytes: float = 2**30
     """At most so much for the cache of latents, of each rank."""
+    positions: int = 0
+    """Tokens of one text at most, prompt and all; 0: the model's positions, or as many of them as the cache holds."""
     drafts: int = -1
     """Tokens drafted ahead by the multi-token modules in every step; 0: none; −1: at most one by each module, and fewer
     or none where that is measured to be faster."""
@@ -169,11 +171,23 @@ def listening_of(wish: Serve) -> "ServerSettings":
 
 def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokenizer]":
     """This rank's engine and the run's tokenizer.   Fails: CounterflowError, on every rank alike."""
-    from counterflow.infer.engine import Engine, pass_rows
+    from counterflow.infer.engine import Engine, held_by_cache, pass_rows
     from counterflow.infer.ranks import share_experts
+    from counterflow.units import bytes_
 
-    settings = mesh.all_do(lambda: settings_of(wish.max_sequences, wish.drafts, cache_bytes=wish.cache_bytes))
+    settings = mesh.all_do(
+        lambda: settings_of(wish.max_sequences, wish.drafts, wish.positions, wish.cache_bytes)
+    )
     model, tokenizer = loaded(folder, wish.averaged, wish.precision, mesh, settings)
+    held = held_by_cache(model, settings)
+    if not wish.positions and 0 < held < model.config.max_positions:
+        settings = replace(settings, positions=held)
+        if mesh.first:
+            print(
+                f"One text may have {held:,} of the model's {model.config.max_positions:,} positions: more do not fit "
+                f"into a cache of {bytes_(wish.cache_bytes)} (--cache_bytes).",
+                flush=True,
+            )
 
     def made() -> Engine:
         ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)

@@ -25,6 +25,8 @@ class Tasks:
     num_fewshot: int = 0
     limit: int = 0
     """Documents of each task; 0: all."""
+    window: int = 0
+    """Tokens that the model sees at once; 0: its positions."""
     precision: str = "auto"
     """fp32, bf16, or auto: bf16 on a GPU, on a CPU what its processor multiplies fast."""
     device: str = "auto"
@@ -50,7 +52,7 @@ def tasks(wish: Tasks, mesh: "Mesh") -> None:
     if not (wish.run and wish.tasks):
         raise ConfigError("name a model with --run, and one task or more.")
     found = lm_eval.simple_evaluate(
-        model=CounterflowLM(wish.run, wish.precision, wish.averaged, mesh.device.type),
+        model=CounterflowLM(wish.run, wish.precision, wish.averaged, mesh.device.type, wish.window),
         tasks=list(wish.tasks),
         num_fewshot=wish.num_fewshot,
         limit=wish.limit or None,

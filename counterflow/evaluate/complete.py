@@ -7,7 +7,7 @@ from counterflow.comm.mesh import Mesh
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError
 from counterflow.infer import request
-from counterflow.infer.engine import Engine, EngineSettings, pass_rows
+from counterflow.infer.engine import Engine, EngineSettings, pass_rows, positions_of, with_room
 from counterflow.infer.ranks import share_experts
 from counterflow.infer.text import document
 from counterflow.model.transformer import Transformer
@@ -28,10 +28,14 @@ class Sampling:
     """Of the first text; each has its own, one higher than the one before."""
     stops: tuple[str, ...] = ()
     """A text ends before the first of these, and at the end token."""
+    positions: int = 0
+    """Prompt and text together have so many tokens at most; 0: the model's positions."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1.")
+        if self.positions < 0:
+            raise ConfigError(f"positions is {self.positions}; it must be at least 1, or 0 for the model's.")
 
 
 def complete(
@@ -44,16 +48,17 @@ def complete(
 ) -> Iterator[str]:
     """What follows each prompt, in their order, written side by side; the prompt begins a document.
 
-    A prompt longer than the model's positions keeps its latest part, and a text ends where they end. Ranks that share
-    the experts write the prompts in turn and each is given all texts, at the end.
+    A prompt longer than the positions keeps its latest part, and a text ends where they end; the cache has room for the
+    longest text. Ranks that share the experts write the prompts in turn and each is given all texts, at the end.
     """
-    mesh, settings = mesh or Mesh(), EngineSettings()
+    mesh, settings = mesh or Mesh(), EngineSettings(positions=sampling.positions)
+    positions = positions_of(model, settings)
+    given = [document(tokenizer, prompt)[-positions:] for prompt in prompts]
+    settings = with_room(model, settings, max(map(len, given), default=0) + sampling.max_tokens)
     ranks = share_experts(model, mesh, pass_rows(model, settings), dispatch)
     engine = Engine(model, settings, tokenizer.decode, ranks)
-    positions = model.config.max_positions
     own = range(mesh.rank, len(prompts), mesh.size)
     for number in own:
-        ids = document(tokenizer, prompts[number])[-positions:]
         wish = request.Sampling(
             sampling.max_tokens,
             sampling.temperature,
@@ -62,7 +67,7 @@ def complete(
             stop=sampling.stops,
             stop_tokens=tokenizer.ends,
         )
-        engine.add(ids, wish)
+        engine.add(given[number], wish)
     if mesh.size == 1:
         yield from _texts(engine, len(own))
         return

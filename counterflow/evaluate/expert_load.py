@@ -24,16 +24,20 @@ FULL = 10.0
 
 
 @torch.no_grad()
-def counts(model: Transformer, tokenizer: Tokenizer, source: Source, most_tokens: int) -> Int[Tensor, "L E"]:
-    """Tokens given to each expert of each MoE layer of the main model, over the first tokens of a source."""
+def counts(
+    model: Transformer, tokenizer: Tokenizer, source: Source, most_tokens: int, window: int = 0
+) -> Int[Tensor, "L E"]:
+    """Tokens given to each expert of each MoE layer of the main model, over the first tokens of a source, of which the
+    model sees a `window` at once; 0: its positions."""
     config = model.config
+    window = window or config.max_positions
     total = torch.zeros(config.num_moe_layers, config.num_routed_experts, dtype=torch.int64)
     left = most_tokens
     for document in watched(documents(source), f"reading {source.path}"):
         ids = [tokenizer.bos, *tokenizer.encode(document.text)][:left]
         left -= len(ids)
-        for start in range(0, len(ids), config.max_positions):
-            tokens = torch.tensor([ids[start : start + config.max_positions]], device=model.head.device)
+        for start in range(0, len(ids), window):
+            tokens = torch.tensor([ids[start : start + window]], device=model.head.device)
             _, flows = model.trunk(tokens, model.context(*tokens.shape))
             total += torch.stack([flow.counts.cpu() for flow in flows if flow.counts is not None])
         if left <= 0:
@@ -49,12 +53,12 @@ def relative_load(counted: Int[Tensor, "*L E"]) -> Float[Tensor, "*L E"]:
 
 
 def expert_load(
-    model: Transformer, tokenizer: Tokenizer, domains: Mapping[str, Source], most_tokens: int
+    model: Transformer, tokenizer: Tokenizer, domains: Mapping[str, Source], most_tokens: int, window: int = 0
 ) -> dict[str, Int[Tensor, "L E"]]:
     """The counts of every domain.   Fails: ConfigError for a model without experts, DataError."""
     if not model.config.num_moe_layers:
         raise ConfigError("the model has no layer with experts; there is no load to measure.")
-    return {name: counts(model, tokenizer, source, most_tokens) for name, source in domains.items()}
+    return {name: counts(model, tokenizer, source, most_tokens, window) for name, source in domains.items()}
 
 
 def draw(loads: Mapping[str, Float[Tensor, "L E"]], first_layer: int, path: Path) -> None:

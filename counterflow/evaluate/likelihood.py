@@ -160,14 +160,16 @@ def _parts(model: Transformer, tokenizer: Tokenizer, text: str, size: int) -> It
         told = reached
 
 
-def binoculars(observer: Transformer, performer: Transformer, tokenizer: Tokenizer, text: str) -> float:
+def binoculars(
+    observer: Transformer, performer: Transformer, tokenizer: Tokenizer, text: str, size: int = 0
+) -> float:
     """The text's log-perplexity to the performer over how surprised the performer is by the observer's predictions.
 
     Low: each token is one that such models write; Hans et al., arXiv:2401.12070, with their code's roles. The two share
-    a vocabulary, and the window is the shorter of theirs.   Fails: DataError for a text without tokens.
+    a vocabulary; `size` is the window's, 0: the shorter of theirs.   Fails: DataError for a text without tokens.
     """
     ids = ids_of(performer, tokenizer, text)
-    size = min(observer.config.max_positions, performer.config.max_positions)
+    size = size or min(observer.config.max_positions, performer.config.max_positions)
     own = crossed = 0.0
     both = zip(predictions(observer, ids, size), predictions(performer, ids, size))
     for (seen, _), (made, targets) in both:

@@ -40,7 +40,9 @@ class EngineSettings:
     block_size: int = 64
     """Positions of a block of the cache: the GPU's kernel reads as many at once. Prompts share whole blocks."""
     cache_bytes: float = 2**30
-    """At most so much for the cache; less if `max_sequences` of the model's longest texts need less."""
+    """At most so much for the cache; less if `max_sequences` of the longest texts need less."""
+    positions: int = 0
+    """Tokens of one text at most, prompt and all; 0: the model's positions."""
     drafts: int = ALL
     """Tokens drafted ahead by the MTP modules at most; 0: none, and no module is run. −1: one by each module. Beyond
     the modules the last one is used again."""
@@ -58,6 +60,8 @@ class EngineSettings:
         for name in ("drafts", "modules"):
             if getattr(self, name) < ALL:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0, or −1 for all.")
+        if self.positions < 0:
+            raise ConfigError(f"positions is {self.positions}; it must be at least 1, or 0 for the model's.")
         if not self.cache_bytes > 0:
             raise ConfigError(f"cache_bytes is {self.cache_bytes}; it must be above 0.")
 
@@ -82,7 +86,7 @@ class Engine:
         self.blocks = Blocks(num_blocks, settings.block_size, lookahead=self.modules)
         self.depth = Depth(drafts, settings.adapt)
         rows = _step_rows(settings, drafts)
-        self.batch = Batch(self.blocks, settings.max_sequences, rows, model.config.max_positions)
+        self.batch = Batch(self.blocks, settings.max_sequences, rows, positions_of(model, settings))
         cache = Cache(model, num_blocks, settings.block_size, self.modules)
         graphs = graphs_for(model, settings.graphs)
         run = Passes(model, cache, graphs, 1 + drafts, settings.max_sequences * drafts)
@@ -124,10 +128,10 @@ class Engine:
             raise RequestError(
                 "the prompt is empty; give at least one token (the end token begins a document)."
             )
-        positions, vocab = self.model.config.max_positions, self.model.config.vocab_size
+        positions, vocab = self.batch.positions, self.model.config.vocab_size
         if len(prompt) > positions:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; the model has {positions} positions: shorten the prompt."
+                f"the prompt has {len(prompt)} tokens; a text has {positions} positions here: shorten the prompt."
             )
         foreign = next((token for token in prompt if not 0 <= token < vocab), None)
         if foreign is not None:
@@ -303,16 +307,41 @@ def _step_rows(settings: EngineSettings, drafts: int) -> int:
     return max(settings.max_rows, settings.max_sequences * (1 + drafts))
 
 
+def positions_of(model: Transformer, settings: EngineSettings) -> int:
+    """Of one text at most."""
+    most = model.config.max_positions
+    return min(settings.positions or most, most)
+
+
+def held_by_cache(model: Transformer, settings: EngineSettings) -> int:
+    """The positions that one text can have in a cache of `cache_bytes`; 0 or less where it holds none."""
+    drafts, modules = chain_of(len(model.mtp), settings)
+    blocks = int(min(settings.cache_bytes, 2**62) // _block_bytes(model, settings, modules))
+    return blocks * settings.block_size - drafts
+
+
+def with_room(model: Transformer, settings: EngineSettings, positions: int) -> EngineSettings:
+    """The settings for texts of so many positions at most, and a cache that holds one of them at least."""
+    limited = replace(settings, positions=min(max(1, positions), positions_of(model, settings)))
+    drafts, modules = chain_of(len(model.mtp), limited)
+    one = -(-(limited.positions + drafts) // limited.block_size) * _block_bytes(model, limited, modules)
+    return replace(limited, cache_bytes=max(limited.cache_bytes, one))
+
+
+def _block_bytes(model: Transformer, settings: EngineSettings, modules: int) -> int:
+    config = model.config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    return (config.num_layers + modules) * settings.block_size * width * model.head.element_size()
+
+
 def _num_blocks(model: Transformer, settings: EngineSettings, drafts: int, modules: int) -> int:
     """Blocks for `max_sequences` of the longest texts, or as many as `cache_bytes` hold."""
-    config = model.config
-    one = -(-(config.max_positions + drafts) // settings.block_size)
-    width = config.kv_lora_rank + config.qk_rope_head_dim
-    block_bytes = (config.num_layers + modules) * settings.block_size * width * model.head.element_size()
-    held = int(settings.cache_bytes // block_bytes)
-    if held < one:
+    positions, block_bytes = positions_of(model, settings), _block_bytes(model, settings, modules)
+    one, held = -(-(positions + drafts) // settings.block_size), held_by_cache(model, settings)
+    if held < positions:
+        shorter = f", or set positions to {held} or less" if held > 0 else ""
         raise ConfigError(
-            f"cache_bytes is {settings.cache_bytes:g}; one text of {config.max_positions} tokens takes "
-            f"{one * block_bytes:,} bytes: give the cache as much at least."
+            f"cache_bytes is {settings.cache_bytes:g}; one text of {positions} tokens takes {one * block_bytes:,} "
+            f"bytes: give the cache as much at least{shorter}."
         )
-    return min(held, settings.max_sequences * one)
+    return min((held + drafts) // settings.block_size, settings.max_sequences * one)

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from counterflow.errors import ConfigError, RequestError
-from counterflow.infer.engine import Engine, EngineSettings
+from counterflow.infer.engine import Engine, EngineSettings, held_by_cache, positions_of, with_room
 from counterflow.infer.request import Sampling
 from counterflow.infer.sample import sample_tokens
 from tests.infer.models import finish, texts, trained_model, write
@@ -163,6 +165,30 @@ def test_a_text_ends_where_the_models_positions_do():
     assert (len(sequence.tokens), sequence.finish, len(full.tokens)) == (65, "length", 65)
 
 
+def test_a_limit_of_positions_bounds_texts_and_the_cache():
+    model = trained_model()
+    (long,) = prompts([30])
+    free, _ = write(model, [long], GREEDY, EngineSettings(block_size=4))
+    limited = EngineSettings(max_sequences=1, block_size=4, positions=34, adapt=False)
+    written, engine = write(model, [long], GREEDY, limited)
+    assert written[0] == free[0][:5] and engine.blocks.num_blocks == -(-(34 + 3) // 4)
+    with pytest.raises(RequestError, match="a text has 34 positions here"):
+        engine.add([1] * 35, GREEDY)
+
+
+@given(cache_bytes=st.integers(1, 200_000), positions=st.integers(1, 80))
+def test_a_cache_has_room_for_what_is_asked(cache_bytes, positions):
+    """Made longer if it must be; and no longer text than is said to fit is accepted, nor a shorter one refused."""
+    model, settings = trained_model(), EngineSettings(block_size=4, cache_bytes=cache_bytes)
+    roomy = with_room(model, settings, positions)
+    assert (positions_of(model, roomy), roomy.cache_bytes >= cache_bytes) == (min(positions, 64), True)
+    assert held_by_cache(model, roomy) >= positions_of(model, roomy)
+    held = held_by_cache(model, settings)
+    for asked in {max(1, min(held, 64)), max(1, min(held + 1, 64))}:
+        fits = with_room(model, replace(settings, cache_bytes=1), asked).cache_bytes <= cache_bytes
+        assert fits == (asked <= held)
+
+
 def test_an_aborted_sequence_frees_its_place():
     engine = Engine(trained_model(), EngineSettings(max_sequences=1))
     first, second = engine.add([1, 2], GREEDY)[0], engine.add([3, 4], GREEDY)[0]
@@ -178,7 +204,7 @@ def test_an_aborted_sequence_frees_its_place():
     ("prompt", "samples", "says"),
     [
         ([], 1, "prompt is empty"),
-        ([1] * 65, 1, "has 65 tokens; the model has 64 positions"),
+        ([1] * 65, 1, "has 65 tokens; a text has 64 positions here"),
         ([1, 11], 1, "token 11; tokens are numbers from 0 to 10"),
         ([1], 0, "n is 0"),
     ],
@@ -214,12 +240,14 @@ def test_impossible_samplings_are_refused(wrong):
         ({"modules": 4}, "modules is 4 for 4 drafts; the model has 3"),
         ({"modules": 0, "drafts": 2}, "modules is 0"),
         ({"cache_bytes": 1000.0}, "give the cache as much"),
+        ({"cache_bytes": 24000.0}, "bytes: .* or set positions to 45 or less"),
         ({"cache_bytes": 0.0}, "must be above 0"),
+        ({"positions": -1}, "positions is -1"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, says):
     with pytest.raises(ConfigError, match=says):
-        Engine(trained_model(), EngineSettings(**wrong))
+        Engine(trained_model(), EngineSettings(**{"block_size": 16, **wrong}))
 
 
 def test_drafts_without_modules_are_refused_and_modules_can_be_left_out():
