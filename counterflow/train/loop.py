@@ -45,13 +45,13 @@ from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.collapse import Collapses
 from counterflow.train.fit import fit
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, folder_of
-from counterflow.train.metrics import Metrics, Tracker, facts
+from counterflow.train.metrics import Metrics, Tracker, facts, load_every
 from counterflow.train.patience import Patience
 from counterflow.train.provenance import provenance
 from counterflow.train.report import write_report
 from counterflow.train.restore import write_start
 from counterflow.train.timeline import write_timeline
-from counterflow.train.trainer import AVERAGES, Trainer
+from counterflow.train.trainer import AVERAGES, Trainer, moe_names
 from counterflow.units import count, seconds
 
 FIRST_RECORD, RECORD = 3, 50
@@ -269,7 +269,10 @@ def open_metrics(trainer: Trainer, folder: Path, stack: ExitStack) -> Metrics | 
     def first() -> None:
         tracker = Tracker(folder, trainer.run) if trainer.run.keep.wandb else None
         changed = [change._asdict() for change in recorded(folder) if change.step == trainer.steps]
-        opened.append(stack.enter_context(closing(Metrics(folder, trainer.steps, tracker, changed))))
+        steps = lr.num_steps(trainer.run.train, trainer.run.data.sequence_length)
+        every = load_every(len(moe_names(trainer.run.model)) * trainer.run.model.num_routed_experts, steps)
+        metrics = Metrics(folder, trainer.steps, tracker, changed, every)
+        opened.append(stack.enter_context(closing(metrics)))
 
     trainer.mesh.first_does(first)
     return opened[0] if opened else None

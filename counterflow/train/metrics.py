@@ -1,16 +1,20 @@
 """What a run measures, step by step: a line of JSON each, TensorBoard, a tracking service if wanted, the progress line.
 
 metrics.jsonl is the truth, the others are views of it. A resumed run first drops the lines after its
-checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. Not taken:
+checkpoint, so that the file of an interrupted run equals an uninterrupted one's but for times. The loads of a large
+model's experts would be most of a long run's file, so it has their sums over several steps. Not taken:
 TensorBoard's event files as the record, which nothing else reads and which cannot be cut at a step;
 or a tracking service, which a run without a network would have to do without.
 """
 
 import json
 import math
+import os
+import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,44 +26,107 @@ from counterflow.units import count
 
 METRICS = "metrics.jsonl"
 HEAT_MAP_EVERY = 50
+MOST_LOADS = 2**24
+"""Numbers that a run's lines have of its experts' loads, a hundred megabytes, however long and large it is."""
+BY_LAYER = ("load", "load_entropy", "dead_experts")
+"""What a step says of each layer, which makes most of its line."""
+FIRST = re.compile(rb'\{"step": (\d+)[,}]')
+"""How a line begins, so that its step is known without reading all of it."""
+
+
+def rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The steps a run's folder holds, read one by one; a last line torn by a kill is left out."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            yield row
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The steps a run's folder holds; a last line torn by a kill is left out."""
-    path = folder / METRICS
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """All steps that a run's folder holds."""
+    return list(rows(folder))
+
+
+def read_light(folder: Path) -> list[dict[str, Any]]:
+    """All steps, without what they say of single layers; the last has, as its load, that of the last tenth of them."""
+    light: list[dict[str, Any]] = []
+    loads: deque[Mapping[str, list[int]]] = deque()
+    seen = 0
+    for row in rows(folder):
+        if load := row.get("load"):
+            seen += 1
+            loads.append(load)
+            while len(loads) > max(1, seen // 10):
+                loads.popleft()
+        light.append({sys.intern(key): value for key, value in row.items() if key not in BY_LAYER})
+    if loads:
+        light[-1]["load"] = summed(loads)
+    return light
+
+
+def summed(loads: Collection[Mapping[str, list[int]]]) -> dict[str, list[int]]:
+    """Tokens of each expert of several steps, by the newest one's layers."""
+    *_, newest = loads
+    return {
+        layer: [sum(of) for of in zip(*(load[layer] for load in loads if layer in load))] for layer in newest
+    }
+
+
+def load_every(numbers: int, steps: int) -> int:
+    """How many of so many steps, each with so many numbers of load, share one line that has it."""
+    return max(1, math.ceil(numbers * steps / MOST_LOADS))
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Cut a metrics.jsonl behind the line of a step, and before a torn one. It is read through and not rewritten."""
+    if not path.is_file():
+        return
+    end = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            number = FIRST.match(line)
+            if not number or int(number[1]) > step or not line.endswith(b"}\n"):
+                break
+            end += len(line)
+    os.truncate(path, end)
 
 
 class Metrics:
     """Writes the steps after `step`, the one resumed from, to a folder's metrics.jsonl and TensorBoard.
 
-    What is there of later steps, or torn, is dropped. The old file stays whole until the new one replaces it. The first
-    line says what was `changed`.
+    What is there of later steps, or torn, is dropped. The first line says what was `changed`. The load of experts is
+    written every `load_every` steps, then as the sum of those.
     """
 
     def __init__(
-        self, folder: Path, step: int, tracker: "Tracker | None" = None, changed: Sequence[Any] = ()
+        self,
+        folder: Path,
+        step: int,
+        tracker: "Tracker | None" = None,
+        changed: Sequence[Any] = (),
+        load_every: int = 1,
     ) -> None:
-        rows = [row for row in read(folder) if row["step"] <= step]
-        beside = folder / (METRICS + ".new")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        beside.rename(folder / METRICS)
+        drop_after(folder / METRICS, step)
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only a run needs it
 
         self._tracker, self._changed = tracker, list(changed)
+        self._every, self._load, self._load_steps = load_every, {}, 0
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """One step: its line, its scalars, and now and then the heat map of expert load."""
-        changed, self._changed = self._changed, []
-        row = {**values, "changed": changed} if changed else values
+        row, changed, self._changed = dict(values), self._changed, []
+        if changed:
+            row["changed"] = changed
+        if self._every > 1 and row.get("load"):
+            row |= self._together(row.pop("load"), row["step"])
         self._file.write(json.dumps(_finite(row)) + "\n")
         self._file.flush()
         step = values["step"]
@@ -69,6 +136,16 @@ class Metrics:
         if self._tracker is not None:
             self._tracker.write(found, step)
         self._expert_load(values.get("load", {}), step)
+
+    def _together(self, load: Mapping[str, list[int]], step: int) -> dict[str, Any]:
+        """What a step's line has of the load: the sum since the last that had it, where it is this one's turn."""
+        self._load = summed([self._load, load])
+        self._load_steps += 1
+        if step % self._every:
+            return {}
+        done = {"load": self._load, "load_steps": self._load_steps}
+        self._load, self._load_steps = {}, 0
+        return done
 
     def _expert_load(self, load: Mapping[str, list[int]], step: int) -> None:
         if load and (step % HEAT_MAP_EVERY == 0 or step == 1):

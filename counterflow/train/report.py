@@ -18,7 +18,7 @@ from typing import Any
 
 from counterflow.train import chart
 from counterflow.train.changes import recorded
-from counterflow.train.metrics import read
+from counterflow.train.metrics import read_light
 from counterflow.train.timeline import TIMELINE
 from counterflow.units import bytes_, count, seconds
 
@@ -50,6 +50,7 @@ class Run:
 
     folder: Path
     steps: list[dict[str, Any]]
+    """As `read_light` gives them."""
     provenance: Mapping[int, Mapping[str, str]]
     """By the step it was started or resumed from; 0 is the start."""
     settings: str
@@ -67,7 +68,7 @@ def open_run(folder: Path) -> Run:
 
     return Run(
         folder,
-        read(folder),
+        read_light(folder),
         dict(sorted(_origins(folder))),
         text("run.toml"),
         text("sample.txt"),

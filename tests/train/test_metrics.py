@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,21 @@ from typing import Any
 import pytest
 
 from counterflow.config.load import load_run
+from counterflow.config.runs import RUNS
 from counterflow.errors import ConfigError
-from counterflow.train import begin
-from counterflow.train.metrics import METRICS, Metrics, Tracker, facts, read
+from counterflow.train import begin, chart, lr
+from counterflow.train.metrics import (
+    METRICS,
+    MOST_LOADS,
+    Metrics,
+    Tracker,
+    drop_after,
+    facts,
+    load_every,
+    read,
+    read_light,
+)
+from counterflow.train.trainer import moe_names
 
 
 def step_values(step: int, **more: Any) -> dict[str, Any]:
@@ -85,6 +98,51 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
     write(tmp_path, 1, 3)
     Metrics(tmp_path, 0).close()
     assert read(tmp_path) == []
+
+
+def test_a_long_history_is_cut_where_it_goes_on_and_read_without_its_loads(tmp_path: Path) -> None:
+    """Of lines that are mostly loads: at a resume in the memory of a few, and for the page with one load."""
+    load = {f"layers.{layer}": list(range(1000, 1256)) for layer in range(10)}
+    write(tmp_path, 1, 40, load=load, dead_experts=[0] * 10)
+    size = (tmp_path / METRICS).stat().st_size
+    tracemalloc.start()
+    drop_after(tmp_path / METRICS, 30)
+    cut = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    rows = read_light(tmp_path)
+    light = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row["step"] for row in rows] == list(range(1, 31)) and size > 40 * 12_000
+    assert cut < size / 8 and light < 6 * size / 8, "three loads of ints, which take four times their digits"
+    assert [row["step"] for row in rows if "load" in row or "dead_experts" in row] == [30]
+    assert rows[-1]["load"] == {name: [3 * count for count in counts] for name, counts in load.items()}
+
+
+def test_the_loads_of_a_long_run_are_written_as_sums_and_the_page_shows_the_same(tmp_path: Path) -> None:
+    loads = {step: {"layers.1": [step, 1, 2, 2], "layers.2": [2, step, 2, 2]} for step in range(1, 31)}
+    (tmp_path / "all").mkdir()
+    kept, all_ = Metrics(tmp_path, 0, load_every=3), Metrics(tmp_path / "all", 0)
+    for step, load in loads.items():
+        for metrics in (kept, all_):
+            metrics.write(step_values(step, load=load))
+    kept.close()
+    all_.close()
+    rows = read(tmp_path)
+    assert [row["step"] for row in rows if "load" in row] == list(range(3, 31, 3)) and len(rows) == 30
+    assert (
+        rows[2]["load"] == {"layers.1": [6, 3, 6, 6], "layers.2": [6, 6, 6, 6]} and rows[2]["load_steps"] == 3
+    )
+    assert chart.relative_load(read_light(tmp_path)) == chart.relative_load(read(tmp_path / "all"))
+    assert chart.relative_load(read_light(tmp_path / "all")) == chart.relative_load(read(tmp_path / "all"))
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_the_loads_of_a_whole_run_stay_small_and_those_of_the_small_runs_are_complete(name: str) -> None:
+    run = RUNS[name]
+    numbers = len(moe_names(run.model)) * run.model.num_routed_experts
+    steps = lr.num_steps(run.train, run.data.sequence_length)
+    every = load_every(numbers, steps)
+    assert numbers * (steps // every) <= MOST_LOADS and (every == 1) == (name in ("tiny", "small"))
 
 
 def test_not_finite_is_null(tmp_path: Path) -> None:
