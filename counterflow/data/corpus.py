@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from counterflow.config.run import Source
 from counterflow.data.cache import build_once, key_of
+from counterflow.data.lines import MARK, decoded, rows
 from counterflow.errors import DataError, nearest
 from counterflow.progress import watched
 
@@ -258,7 +259,7 @@ def _texts(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
     """(where, text) of one file."""
     try:
         if path.suffix in TEXT:
-            yield name, _decode(path.read_bytes(), str(path), 0)
+            yield name, decoded(path.read_bytes().removeprefix(MARK), str(path), 0)
         elif path.suffix == ".jsonl":
             yield from _jsonl(name, path, field)
         else:
@@ -269,40 +270,18 @@ def _texts(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def _decode(raw: bytes, where: str, offset: int) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8; text must be "
-            "UTF-8. Convert the file (iconv -t UTF-8), or leave it out of data.sources."
-        ) from error
-
-
 def _jsonl(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
-    offset = 0
-    with open(path, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            line = _decode(raw, f"{path}:{number}", offset)
-            offset += len(raw)
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{path}:{number} is not JSON ({error}); .jsonl holds one object a line. Mend or drop "
-                    "that line."
-                ) from error
-            known = row.keys() if isinstance(row, dict) else ()
-            if field not in known:
-                raise _no_field(f"{path}:{number}", field, known)
-            if not isinstance(row[field], str):
-                raise DataError(
-                    f"{path}:{number}: '{field}' is {type(row[field]).__name__}; it must be a string. Name "
-                    "another key as the source's field, or mend that line."
-                )
-            yield f"{name}:{number}", row[field]
+    for number, row in rows(path):
+        where = f"{path}:{number}"
+        known = row.keys() if isinstance(row, dict) else ()
+        if field not in known:
+            raise _no_field(where, field, known)
+        if not isinstance(row[field], str):
+            raise DataError(
+                f"{where}: '{field}' is {type(row[field]).__name__}; it must be a string. Name "
+                "another key as the source's field, or mend that line."
+            )
+        yield f"{name}:{number}", row[field]
 
 
 def _parquet(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:

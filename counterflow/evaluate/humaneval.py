@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.comm.mesh import Mesh
+from counterflow.data.lines import rows
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError, DataError, installing, nearest
 from counterflow.evaluate.complete import Sampling, complete
@@ -66,21 +67,21 @@ def empty(given: Mapping[str, Problem]) -> Iterator[tuple[str, str]]:
 
 
 def from_file(path: Path, given: Mapping[str, Problem]) -> Iterator[tuple[str, str]]:
-    """(task, completion) of a .jsonl file in the package's own form."""
+    """(task, completion) of a .jsonl or .jsonl.gz file in the package's own form.   Fails: DataError."""
     try:
-        lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = list(rows(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); give canonical, pass or a .jsonl file."
         ) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            task, completion = str(row["task_id"]), str(row["completion"])
-        except (ValueError, KeyError, TypeError) as error:
+    for number, row in found:
+        task, completion = (
+            row.get(key) if isinstance(row, dict) else None for key in ("task_id", "completion")
+        )
+        if not isinstance(task, str) or not isinstance(completion, str):
             raise DataError(
-                f"{path}:{number} is no completion ({error!r}); a line is an object with task_id and completion."
-            ) from None
+                f"{path}:{number} is no completion; a line is an object with task_id and completion, both texts."
+            )
         if task not in given:
             raise DataError(f"{path}:{number} answers '{task}'; {nearest(task, given)}")
         yield task, completion

@@ -38,9 +38,11 @@ def test_reference_solutions_pass_and_empty_bodies_do_not(completions, count, pa
 def test_answers_of_others_are_graded(tmp_path, capsys):
     given = problems()
     rows = [{"task_id": task, "completion": given[task]["canonical_solution"]} for task in list(given)[:3]]
-    rows.append({"task_id": "HumanEval/0", "completion": "    return None\n"})
+    rows[1]["completion"] += "    # \u2028\u0085\n"
+    rows.append({"task_id": "HumanEval/0", "completion": "    # \ud83d\n    return None\n"})
     path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), errors="backslashreplace")
     words = [
         "evaluate",
         "humaneval",
@@ -58,9 +60,12 @@ def test_answers_of_others_are_graded(tmp_path, capsys):
     path.write_text('{"task_id": "HumanEvil/0", "completion": ""}\n')
     with pytest.raises(DataError, match=r":1 answers 'HumanEvil/0'; did you mean 'HumanEval/0'"):
         list(from_file(path, given))
-    path.write_text("\n\n{}\n")
-    with pytest.raises(DataError, match="is no completion"):
-        list(from_file(path, given))
+    assert found["answers"][1]["completion"].endswith("\u2028\u0085\n")
+    assert found["answers"][3]["completion"] == rows[3]["completion"]
+    for wrong in ("{}", '{"task_id": "HumanEval/0", "completion": null}', "[]"):
+        path.write_text(f"\n\n{wrong}\n")
+        with pytest.raises(DataError, match=r":3 is no completion"):
+            list(from_file(path, given))
 
 
 def test_texts_are_kept_as_they_come(tmp_path):
