@@ -96,7 +96,7 @@ def generate(wish: Generate, mesh: "Mesh | None" = None, began: float | None = N
     prompt = mesh.all_do(lambda: document(tokenizer, wish.prompt))
     settings = with_room(model, settings, len(prompt) + wish.max_tokens)
     ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
-    engine = Engine(model, settings, tokenizer.decode, ranks)
+    engine = Engine(model, settings, tokenizer.bytes_of, ranks)
 
     for record in engine.recordings([1], [wish.temperature == 0]):
         record()
@@ -113,7 +113,7 @@ def _sampling(wish: Generate, tokenizer: "Tokenizer") -> "Sampling":
     from counterflow.infer.request import Sampling
 
     drawn = (wish.temperature, wish.top_p, wish.top_k, wish.seed)
-    return Sampling(wish.max_tokens, *drawn, stop=wish.stop, stop_tokens=tokenizer.ends)
+    return Sampling(wish.max_tokens, *drawn, stop=wish.stop, stop_tokens=tokenizer.ends_with(wish.stop))
 
 
 def _printed(engine: "Engine", shown: str) -> tuple[str, float, float]:

@@ -191,6 +191,6 @@ def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokeniz
 
     def made() -> Engine:
         ranks = share_experts(model, mesh, pass_rows(model, settings), wish.dispatch)
-        return Engine(model, settings, tokenizer.decode, ranks)
+        return Engine(model, settings, tokenizer.bytes_of, ranks)
 
     return mesh.all_do(made), tokenizer

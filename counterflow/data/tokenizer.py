@@ -12,8 +12,10 @@ state.
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from os.path import expanduser
@@ -33,6 +35,7 @@ from counterflow.data.tokenizer_files import (
     Beside,
     beside,
     from_tiktoken,
+    spelling,
 )
 from counterflow.errors import DataError
 from counterflow.progress import Progress
@@ -57,6 +60,8 @@ SMALLEST = 256 + len(SPECIALS)
 LEARN_FROM = 200_000
 """Documents at most that the merges are learnt from, by turns from each source."""
 MISSING = f"weights come with a {TOKENIZER} or a {TIKTOKEN}: fetch it"
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""A byte in vocabularies that are no byte-level ones."""
 VERSION = 1
 """Raised when the same text would give another vocabulary."""
 
@@ -116,6 +121,41 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of ids; special tokens are written out only if asked for."""
         return self.bpe.decode(list(ids), skip_special_tokens=not specials)
+
+    def bytes_of(self, token: int, specials: bool = False) -> bytes:
+        """A token's own bytes, which may be part of a character; none of a special one, unless asked for.
+
+        Those of several, joined and decoded with replacements, are their text.
+        """
+        if not specials and token in self._special:
+            return b""
+        name = self.bpe.id_to_token(token)
+        if name is None:
+            return b""
+        if self._spelling:
+            known = [self._spelling.get(sign) for sign in name]
+            return name.encode() if None in known else bytes(known)  # type: ignore[arg-type]
+        if BYTE.fullmatch(name):
+            return bytes([int(name[3:5], 16)])
+        # Behind another, since some decoders take the space off a text's first token.
+        alone = self.bpe.decode([token], skip_special_tokens=False)
+        return self.bpe.decode([token, token], skip_special_tokens=False)[len(alone) :].encode()
+
+    def ends_with(self, stops: Sequence[str]) -> frozenset[int]:
+        """`ends`, and the special tokens among a request's stop strings: no decoded text holds those."""
+        return self.ends.union(id_ for id_, name in self._special.items() if name in stops)
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        added = self.bpe.get_added_tokens_decoder()
+        return {id_: one.content for id_, one in added.items() if one.special}
+
+    @cached_property
+    def _spelling(self) -> dict[str, int]:
+        """The byte that each sign of a byte-level vocabulary stands for; empty if the vocabulary is of another kind."""
+        known, decoder = spelling(), self.bpe.decoder
+        is_bytes = decoder is not None and decoder.decode([known[ord(" ")]]) == " "
+        return {sign: byte for byte, sign in known.items()} if is_bytes else {}
 
     def save(self, path: str | Path) -> None:
         """Write it as a tokenizer.json, and beside it what files beside it said."""

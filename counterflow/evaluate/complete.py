@@ -56,7 +56,7 @@ def complete(
     given = [document(tokenizer, prompt)[-positions:] for prompt in prompts]
     settings = with_room(model, settings, max(map(len, given), default=0) + sampling.max_tokens)
     ranks = share_experts(model, mesh, pass_rows(model, settings), dispatch)
-    engine = Engine(model, settings, tokenizer.decode, ranks)
+    engine = Engine(model, settings, tokenizer.bytes_of, ranks)
     own = range(mesh.rank, len(prompts), mesh.size)
     for number in own:
         wish = request.Sampling(
@@ -65,7 +65,7 @@ def complete(
             sampling.top_p,
             seed=sampling.seed + number,
             stop=sampling.stops,
-            stop_tokens=tokenizer.ends,
+            stop_tokens=tokenizer.ends_with(sampling.stops),
         )
         engine.add(given[number], wish)
     if mesh.size == 1:

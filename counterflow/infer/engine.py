@@ -67,7 +67,7 @@ class EngineSettings:
 
 
 class Engine:
-    """Runs requests together on one model; `decode` gives tokens' text, for stop strings and `Delta.text`.
+    """Runs requests together on one model; `bytes_of` gives a token's bytes, for stop strings and `Delta.text`.
 
     Where `ranks` share the model's experts, every rank has an engine of the same settings, and all step together.
     """
@@ -76,11 +76,11 @@ class Engine:
         self,
         model: Transformer,
         settings: EngineSettings | None = None,
-        decode: Callable[[Items[int]], str] | None = None,
+        bytes_of: Callable[[int], bytes] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         settings = settings or EngineSettings()
-        self.model, self.decode, self.ranks = model, decode, ranks or Ranks()
+        self.model, self.bytes_of, self.ranks = model, bytes_of, ranks or Ranks()
         drafts, self.modules = chain_of(len(model.mtp), settings)
         num_blocks = _num_blocks(model, settings, drafts, self.modules)
         self.blocks = Blocks(num_blocks, settings.block_size, lookahead=self.modules)
@@ -116,7 +116,7 @@ class Engine:
             sequences.append(
                 Sequence(number, list(prompt), len(prompt), sampling, self.modules, index, leader)
             )
-            self._texts[number] = TextStream(self.decode, sampling.stop)
+            self._texts[number] = TextStream(self.bytes_of, sampling.stop)
         self.batch.waiting.extend(sequences)
         self.statistics.requests += 1
         self.statistics.prompt_tokens += len(prompt) * samples

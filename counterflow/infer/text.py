@@ -1,18 +1,15 @@
 """A prompt to tokens, and tokens to text as they come: whole characters, and nothing that may belong to a stop string.
 
-A character may take several tokens and a stop string may end in the middle of one, so text is given out late:
-the tokens since the last whole character are decoded together with the ones before them, and the longest end
-of the text that could still grow into a stop string is held back.
+A character may take several tokens and a stop string may end in the middle of one, so text is given out late: the
+bytes of a character until it is whole, or until a byte comes that it cannot have, and the longest end of the text that
+could still grow into a stop string.
 """
 
-from collections.abc import Callable, Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Callable
 
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import RequestError
-
-BROKEN = "\ufffd"
-LONGEST_CHARACTER = 4
-"""Tokens, as bytes in UTF-8; what is still broken after so many stays broken."""
 
 
 def document(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -29,34 +26,25 @@ def document(tokenizer: Tokenizer, text: str) -> list[int]:
 class TextStream:
     """One sequence's text."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str] | None, stop: tuple[str, ...]) -> None:
-        self._decode, self._stop = decode, stop
-        self._tokens: list[int] = []
-        self._from, self._read = 0, 0
+    def __init__(self, bytes_of: Callable[[int], bytes] | None, stop: tuple[str, ...]) -> None:
+        self._bytes_of, self._stop = bytes_of, stop
+        self._characters = getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self.stopped = False
         """Whether a stop string has come; what follows it is not given out."""
 
     def add(self, token: int) -> str:
         """The text that may be given out once this token is there."""
-        if self._decode is None or self.stopped:
+        if self._bytes_of is None or self.stopped:
             return ""
-        self._tokens.append(token)
-        before = self._decode(self._tokens[self._from : self._read])
-        now = self._decode(self._tokens[self._from :])
-        if now.endswith(BROKEN) and len(self._tokens) - self._read < LONGEST_CHARACTER:
-            return ""
-        self._from, self._read = self._read, len(self._tokens)
-        return self._given(now[len(before) :])
+        return self._given(self._characters.decode(self._bytes_of(token)))
 
     def end(self) -> str:
         """What was held back, once no token follows."""
-        if self._decode is None or self.stopped:
+        if self.stopped:
             return ""
-        before = self._decode(self._tokens[self._from : self._read])
-        rest = self._given(self._decode(self._tokens[self._from :])[len(before) :])
+        rest = self._given(self._characters.decode(b"", final=True))
         rest, self._held = rest + ("" if self.stopped else self._held), ""
-        self._read = len(self._tokens)
         return rest
 
     def _given(self, new: str) -> str:

@@ -3,6 +3,7 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -67,9 +68,12 @@ class Form(ABC):
         """The choice of a chunk that adds `delta` to what was sent of `choice`."""
 
     def token(self, token: int) -> str:
-        """A token's text, or its name in the vocabulary where it is no whole character."""
-        text = self.tokenizer.decode([token], specials=True)
-        return text if "\ufffd" not in text else self.tokenizer.bpe.id_to_token(token) or text
+        """A token's text; where it is part of a character, its bytes in OpenAI's spelling."""
+        raw = self.tokenizer.bytes_of(token, specials=True)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 class CompletionForm(Form):
@@ -96,12 +100,13 @@ class CompletionForm(Form):
         self, prompt: list[int], named: Sequence[TokenLogprob | None], offset: int
     ) -> dict[str, Any]:
         """OpenAI's four lists; the prompt's first token has no log-probability."""
-        tokens = [self.token(prompt[0] if one is None else one.token) for one in named]
-        lengths = [len(self.tokenizer.decode([prompt[0] if one is None else one.token])) for one in named]
+        ids = [prompt[0] if one is None else one.token for one in named]
+        characters = getincrementaldecoder("utf-8")("replace")
+        lengths = [len(characters.decode(self.tokenizer.bytes_of(one))) for one in ids]
         offsets = list(accumulate(lengths, initial=offset))[:-1]
         top = [one and {self.token(token): value for token, value in one.top} for one in named]
         return {
-            "tokens": tokens,
+            "tokens": list(map(self.token, ids)),
             "token_logprobs": [one and one.logprob for one in named],
             "top_logprobs": top,
             "text_offset": offsets,
@@ -137,8 +142,8 @@ class ChatForm(Form):
         }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        raw = self.tokenizer.bytes_of(token, specials=True)
+        return {"token": self.token(token), "logprob": logprob, "bytes": list(raw)}
 
 
 def usage(prompts: list[list[int]], choices: Sequence[Choice]) -> dict[str, int]:

@@ -8,7 +8,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib.resources import files
 from time import time
@@ -134,6 +134,7 @@ class Service:
     ) -> Response:
         """Submit, and answer whole or as a stream."""
         asked.require_room(prompts, self.engine.batch.positions)
+        sampling = replace(sampling, stop_tokens=self.tokenizer.ends_with(sampling.stop))
         ticket = self.worker.submit(prompts, sampling, asked.n)
         order = [(prompt, echo) for prompt, echo in zip(prompts, echoes, strict=True) for _ in range(asked.n)]
         choices = [Choice(index, prompt, echo) for index, (prompt, echo) in enumerate(order)]

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Bpe
 
 from counterflow.config.run import Source
@@ -165,6 +165,28 @@ def test_a_foreign_or_broken_tiktoken_file_is_refused(tmp_path: Path) -> None:
         (tmp_path / "tiktoken.model").write_bytes(broken)
         with pytest.raises(DataError, match=r"tiktoken\.model is no (whole )?tiktoken file"):
             load(path)
+
+
+@given(draw=st.lists(st.integers(0, 299), max_size=12))
+def test_the_bytes_of_tokens_joined_are_their_text(tokenizer: Tokenizer, draw: list[int]) -> None:
+    """Whatever the tokens, halves of characters and invalid bytes among them."""
+    joined = b"".join(map(tokenizer.bytes_of, draw))
+    assert joined.decode(errors="replace") == tokenizer.decode(draw)
+    named = b"".join(tokenizer.bytes_of(token, specials=True) for token in draw)
+    assert named.decode(errors="replace") == tokenizer.decode(draw, specials=True)
+    assert tokenizer.bytes_of(10**6) == b""
+
+
+def test_bytes_of_tokens_that_are_no_byte_level_ones(tmp_path: Path) -> None:
+    vocabulary = ["</s>", "<0xF0>", "<0x9F>", "<0xA7>", "<0xAA>", "▁a", "b"]
+    bpe = Bpe(models.BPE({name: id_ for id_, name in enumerate(vocabulary)}, [], byte_fallback=True))
+    bpe.add_special_tokens(["</s>"])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(parts)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    found = load(tmp_path / "tokenizer.json")
+    assert b"".join(map(found.bytes_of, [6, 5, 1, 2, 3, 4, 0])) == "b a🧪".encode()
+    assert found.ends_with(["b"]) == {0} and found.bytes_of(0, specials=True) == b"</s>"
 
 
 def test_digits_are_split_by_threes(tokenizer: Tokenizer) -> None:

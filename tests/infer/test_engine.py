@@ -22,8 +22,12 @@ def prompts(lengths) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(texts(len(lengths), 60, seed=7), lengths)]
 
 
+def letter(token: int) -> bytes:
+    return bytes([ord("a") + token])
+
+
 def letters(tokens) -> str:
-    return "".join(chr(ord("a") + token) for token in tokens)
+    return b"".join(map(letter, tokens)).decode()
 
 
 def test_greedy_text_equals_the_reference_without_a_cache():
@@ -118,7 +122,7 @@ def test_stop_tokens_and_stop_strings_end_a_text_wherever_they_come(drafts):
     sampling = replace(GREEDY, max_tokens=16)
     (whole,), _ = write(model, [prompt], sampling, settings)
     for at in range(len(whole) - 2):
-        engine = Engine(model, settings, letters)
+        engine = Engine(model, settings, letter)
         stop = letters(whole[at : at + 3])
         by_text = engine.add(prompt, replace(sampling, stop=("zzz", stop)))[0]
         by_token = engine.add(prompt, replace(sampling, stop_tokens=frozenset([whole[at]])))[0]

@@ -72,7 +72,7 @@ class Running(Reached):
 def running(tokenizer: Tokenizer, max_queue: int = 1024, sequences: int = 8, **settings) -> Iterator[Running]:
     """A server while the block lasts."""
     model = random_model(CONFIG).requires_grad_(False)
-    engine = Engine(model, EngineSettings(max_sequences=sequences), tokenizer.decode)
+    engine = Engine(model, EngineSettings(max_sequences=sequences), tokenizer.bytes_of)
     service = Service(engine, tokenizer, "toy", max_queue)
     wish = ServerSettings(port=0, **settings)
     web = server(service, wish)

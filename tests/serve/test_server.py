@@ -12,8 +12,9 @@ import pytest
 
 from counterflow.errors import ConfigError
 from counterflow.infer.engine import Engine, EngineSettings
-from counterflow.infer.request import Sampling
+from counterflow.infer.request import Sampling, TokenLogprob
 from counterflow.infer.sample import sample_tokens
+from counterflow.serve.answers import ChatForm, CompletionForm
 from counterflow.serve.listen import ServerSettings, listening
 from tests.infer.models import finish
 from tests.serve.service import learnt, running
@@ -133,6 +134,34 @@ def test_stops_end_a_text(toy, tokenizer):
     stop = whole[6:9]
     choice = toy.complete(prompt=PROMPT, max_tokens=20, temperature=0, stop=["\0\0", stop])["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_text_at_that_token(toy):
+    """Texts do not hold it, so it is found by its id."""
+    asked = {"prompt": "a", "n": 64, "max_tokens": 20, "seed": 1, "temperature": 5, "logprobs": 0}
+    texts = {}
+    for stop in (None, "<|fim_hole|>"):
+        for choice in toy.complete(**asked, stop=stop)["choices"]:
+            texts[stop, choice["index"]] = choice
+    held = [at for at in range(64) if "<|fim_hole|>" in texts[None, at]["logprobs"]["tokens"]]
+    for at in held:
+        whole, ended = (texts[stop, at]["logprobs"]["tokens"] for stop in (None, "<|fim_hole|>"))
+        assert ended == whole[: whole.index("<|fim_hole|>") + 1]
+        assert texts["<|fim_hole|>", at]["finish_reason"] == "stop"
+    assert held
+
+
+def test_bytes_of_tokens_are_the_characters_own(tokenizer):
+    """Where a character takes several tokens each has its part, under a name of its own."""
+    ids = tokenizer.encode("a🧪")
+    found = ChatForm("toy", tokenizer, True).logprobs(
+        [TokenLogprob(id_, -1.0, ((id_, -1.0),)) for id_ in ids]
+    )
+    entries = found["content"] + [entry["top_logprobs"][0] for entry in found["content"]]
+    assert b"".join(bytes(entry["bytes"]) for entry in entries) == "a🧪a🧪".encode()
+    assert [entry["token"] for entry in entries[:3]] == ["a", r"bytes:\xf0", r"bytes:\x9f"]
+    said = CompletionForm("toy", tokenizer, True).logprobs(ids, [TokenLogprob(id_, -1.0) for id_ in ids], 7)
+    assert said["text_offset"] == [7, 8, 8, 8, 8] and len(set(said["tokens"])) == 5
 
 
 WRONG = {
