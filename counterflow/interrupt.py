@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -19,6 +19,8 @@ GRACE_S = 0.7
 """What the main thread has to take an interrupt before the process ends without it."""
 INTERRUPTED = 128 + signal.SIGINT
 SHOW_CURSOR = "\x1b[?25h"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What tells a training to end: Ctrl-C, a scheduler before its limit (Slurm's --signal, SGE, LSF), a lost terminal."""
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl."""
 
@@ -70,8 +72,10 @@ def ends_at_once() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals(say: Callable[[], object] = lambda: None) -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while inside, so that no step is cut short; a second SIGINT stops at once.
+def stop_signals(
+    say: Callable[[], object] = lambda: None, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[list[int]]:
+    """Collects these signals while inside, so that no step is cut short; a second SIGINT stops at once.
 
     `say` is called in another thread, the moment that the first of them comes.
     """
@@ -85,13 +89,13 @@ def stop_signals(say: Callable[[], object] = lambda: None) -> Iterator[list[int]
         got.append(number)
 
     def listen(number: int) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM) and not first.is_set():
+        if number in numbers and not first.is_set():
             first.set()
             say()
         elif number == signal.SIGINT and not taken.wait(GRACE_S):
             end_now()
 
-    with handled(note, signal.SIGINT, signal.SIGTERM), heard(listen):
+    with handled(note, *numbers), heard(listen):
         yield got
 
 

@@ -5,6 +5,8 @@ stays, and so does room for the `^C` that a terminal writes behind it. Not taken
 left at 80 columns, and one bar each for tokenising, training and the rest, which looked and counted differently.
 """
 
+import errno
+import os
 import shutil
 import sys
 import textwrap
@@ -69,7 +71,8 @@ class Progress:
     """A piece of work, `what`, of `total` (None: nobody knows), of which `done` is done when it begins.
 
     On a terminal the line goes away with the work, unless it `stays`; elsewhere nothing is said of what is over before
-    the first line is due, unless it `stays`.
+    the first line is due, unless it `stays`. Where its terminal is lost the work goes on without lines, and where they
+    go into a pipe whose reader has gone, if it `stays`; `closed` then says so.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Progress:
         file: TextIO | None = None,
     ) -> None:
         self._work, self._stays, self._shown = [Work(what, total, done)], stays, shown
-        self._file, self._live = file or sys.stderr, None
+        self._file, self._live, self.closed = file or sys.stderr, None, False
         self._due = time.monotonic() + FIRST_AFTER_S
 
     def __enter__(self) -> "Progress":
@@ -103,7 +106,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.stop()
+            with self._read():
+                self._live.stop()
 
     def update(self, done: float, *facts: str) -> None:
         """So much is done, and what there is to say of it, the most important first."""
@@ -112,7 +116,8 @@ class Progress:
         last = self._stays and len(self._work) == 1 and work.total is not None and done >= work.total
         if self._shown and self._live is None and (time.monotonic() >= self._due or last):
             self._due = time.monotonic() + EVERY_S
-            print(self.said(), file=self._file, flush=True)
+            with self._read():
+                print(self.said(), file=self._file, flush=True)
 
     def advance(self, by: float, *facts: str) -> None:
         """So much more is done."""
@@ -133,10 +138,24 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
-        elif self._shown:
-            say(text, self._file)
+        with self._read():
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False)
+            elif self._shown:
+                say(text, self._file)
+
+    @contextmanager
+    def _read(self) -> Iterator[None]:
+        """For writing what may be read no more: by a terminal that was lost, or a pipe's reader that has gone."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO and not (error.errno == errno.EPIPE and self._stays):
+                raise
+            self.closed |= error.errno == errno.EPIPE
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # what others print there later goes nowhere either
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
 
 
 def say(text: str, file: TextIO | None = None) -> None:

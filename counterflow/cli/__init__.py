@@ -8,6 +8,7 @@ import errno
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from io import TextIOWrapper
 from keyword import iskeyword
 from os.path import expanduser
 
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; the exit code: 0 done, 2 a user's error, 3 not finite, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word if before in TEXTS else at_home(word) for before, word in zip(["", *given], given)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal has every character
     with ends_at_once():
         return _answered(words)
 

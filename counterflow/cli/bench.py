@@ -125,7 +125,7 @@ def _rates(arguments: list[str]) -> int:
         print(text, end="")
         return 0
     asked.output.parent.mkdir(parents=True, exist_ok=True)
-    asked.output.write_text(text)
+    asked.output.write_text(text, encoding="utf-8")
     print(f"{asked.output}: counterflow plan --hardware {asked.output} reads it")
     return 0
 
@@ -148,7 +148,7 @@ def write(folder: Path, wish: Mapping[str, Any], result: Mapping[str, Any], pict
 
     save(folder / "raw.json", {"settings": wish, "provenance": provenance(), **result})
     if picture:
-        (folder / "picture.svg").write_text(picture)
+        (folder / "picture.svg").write_text(picture, encoding="utf-8")
 
 
 def show(title: str, lines: Sequence[Sequence[str]]) -> None:

@@ -4,7 +4,6 @@ So a finished run says so and a wrong setting is refused at once, before ranks a
 the same functions again, with what only it can know, such as the precision that `auto` means here.
 """
 
-import fcntl
 import os
 import sys
 import time
@@ -13,8 +12,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 from counterflow.config.run import RunConfig
+from counterflow.data.cache import lock
 from counterflow.data.corpus import documents
 from counterflow.data.tokenizer import require_tokenizer
 from counterflow.errors import CheckpointError, ConfigError, installing
@@ -40,7 +41,7 @@ def is_complete(run: RunConfig) -> bool:
     if on_cpu(run):
         require_memory(run)
     folder = folder_for(run)
-    with locked(folder):
+    with locked(folder, quiet=True):
         if _is_complete(run, folder):
             return True
     for source in run.data.sources:
@@ -208,15 +209,19 @@ def newest_sound(checkpoints: Path) -> int:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, quiet: bool = False) -> Iterator[None]:
     """Only one process trains in a folder; another is told so. A folder in which nothing came to lie goes again.
 
-    The lock file stands beside the folder, so that the folder itself may be moved aside while it is held.
+    The lock file stands beside the folder, so that the folder itself may be moved aside while it is held; in it where
+    nothing may be written beside it. A file system without locks is named unless `quiet`.
     """
+    beside = folder.with_name(f".{folder.name}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".{folder.name}.lock")
-        file = os.fdopen(os.open(lock, os.O_WRONLY | os.O_CREAT), "w")
+        try:
+            file = _opened(beside)
+        except OSError:
+            file = _opened(folder / ".lock")
     except OSError as error:
         raise ConfigError(
             f"the folder {folder} cannot be written ({error.strerror}); choose another with keep.folder=..., or mend "
@@ -224,15 +229,32 @@ def locked(folder: Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            missing = lock(file, wait=False)
         except BlockingIOError:
             raise ConfigError(
                 f"another process is training in {folder}; wait for it, or choose another folder with name=..."
             ) from None
+        if missing and not quiet:
+            say(
+                f"counterflow: the file system of {folder} has no locks ({missing}); see to it that no other process "
+                "trains there.",
+                sys.stderr,
+            )
         file.write(str(os.getpid()))
         try:
             yield
         finally:
             with suppress(OSError):
                 folder.rmdir()
-                lock.unlink()
+                beside.unlink()
+
+
+def _opened(path: Path) -> TextIO:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT), "w")
+
+
+def is_trained(run: RunConfig) -> bool:
+    """Whether the newest checkpoint ends the run; one that was stopped has none that does."""
+    folder = folder_for(run)
+    step = newest(folder / CHECKPOINTS)
+    return bool(step) and trained_by(run, folder, step)

@@ -113,6 +113,10 @@ class Checkpoints:
         for step in [step for step in self.steps() if step <= saved][: -self.keep]:
             with suppress(OSError):
                 _remove(self.path(step))
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove what a killed save has left, which a full disk may have no room beside."""
         for suffix in (WRITING, REMOVING):
             for stale in self.folder.glob("*" + suffix):
                 shutil.rmtree(stale, ignore_errors=True)

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from counterflow.comm.mesh import Mesh, device_for, objects_group
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError, first_line
-from counterflow.interrupt import end_now, end_with_parent, heard
+from counterflow.interrupt import end_now, end_with_parent, handled, heard
+from counterflow.train.begin import is_trained
 from counterflow.train.environment import Place, place_here, started
 
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
@@ -41,6 +43,8 @@ OURS = "counterflow-"
 PEER_LOST = 5
 """Exit code of a rank whose neighbour went away: not the one to blame."""
 TIMEOUT = timedelta(minutes=30)
+STOPPED = 128 + signal.SIGTERM
+"""Exit code where ranks were stopped, and have saved, without their agent having been told anything."""
 SAVING_S = 3600
 """What ranks that were told to stop may take for the step under way and its checkpoint; their agent kills them then."""
 AGENT_WAITS_S = 10
@@ -56,7 +60,8 @@ def start(run: RunConfig, words: Sequence[str]) -> int:
     """Train a run in this process or in its own ranks, started as `counterflow train WORDS`; the exit code."""
     if started() is None and run.parallel.processes > 1:
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SAVING_S))
-        return _launch(run.parallel, run.train.threads, ["train", *words], SAVED)
+        code = _launch(run.parallel, run.train.threads, ["train", *words], SAVED)
+        return code or (0 if is_trained(run) else STOPPED)
     from counterflow.train.loop import resolve, train  # seconds, and only those who train need it
 
     if started() is not None:
@@ -207,13 +212,18 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
         monitor_interval=0.2,
     )
     try:
-        with heard(_ends_when_told_twice()):
+        with handled(_pass_on, signal.SIGUSR1, signal.SIGUSR2), heard(_ends_when_told_twice()):
             elastic_launch(settings, sys.executable)("-m", "counterflow", *words)
     except SignalException as signalled:
         return 128 + signalled.sigval.value
     except ChildFailedError as failed:
         return _explain(failed, parallel.restarts, killed)
     return 0
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """For signals that torch's agent knows nothing of: as it hears the others, which its ranks are then sent."""
+    raise SignalException(f"signal {number}", signal.Signals(number))
 
 
 def _ends_when_told_twice() -> Callable[[int], None]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from counterflow.config.run import RunConfig
 from counterflow.data.corpus import STDLIB
 from counterflow.data.loader import Samples, open_text, tokenise_share
 from counterflow.errors import CheckpointError, CounterflowError
-from counterflow.interrupt import stop_signals
+from counterflow.interrupt import STOPS, stop_signals
 from counterflow.kernels.memory import keep_freed_memory
 from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
@@ -76,6 +77,7 @@ def train(run: RunConfig, mesh: Mesh | None = None) -> int:
     with ExitStack() as stack:
         mesh.first_does(lambda: stack.enter_context(locked(folder)))
         checkpoints = Checkpoints(folder / CHECKPOINTS, run.keep.checkpoints, mesh)
+        mesh.first_does(checkpoints.clear)
         step = mesh.first_does(lambda: begin(run, folder))
         if step is None:
             return 0
@@ -138,7 +140,7 @@ def write_run(run: RunConfig, folder: Path, step: int, samples: Samples) -> None
     beside.write_text(to_toml(run) + changes_to_toml(kept), encoding="utf-8")
     beside.rename(folder / RUN_TOML)
     name = f"provenance-{step}.json" if step else "provenance.json"
-    (folder / name).write_text(json.dumps(provenance(), indent=1))
+    (folder / name).write_text(json.dumps(provenance(), indent=1), encoding="utf-8")
     samples.tokenizer.save(folder / TOKENIZER)
 
 
@@ -233,7 +235,7 @@ def run_steps(
         metrics = open_metrics(trainer, folder, stack)
         progress = Progress("", whole, trainer.sample, shown=mesh.first, stays=True, file=sys.stdout)
         stack.enter_context(progress)
-        stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING)))
+        stops = stack.enter_context(stop_signals(lambda: progress.note(STOPPING), STOPS))
         saver = stack.enter_context(Behind(checkpoints, keep.checkpoint_async, progress.note))
         while not last and not stopped:
             values = timed_step(trainer, folder)
@@ -252,7 +254,7 @@ def run_steps(
             if line := collapses.line(trainer.steps, values["load"], trainer.done < trainer.warmup):
                 progress.note(line)
             progress.update(trainer.sample, *facts(values, *planned))
-            stopped = saver.agreed(stops[0] if stops else 0)
+            stopped = saver.agreed(stops[0] if stops else SIGPIPE if progress.closed else 0)
             if last or stopped or trainer.steps % keep.checkpoint_every == 0:
                 place = {"sample": trainer.sample, "step": trainer.steps, "seconds": values["seconds"]}
                 asked = {name: state.get(name, 0) for name in ("minutes", "steps")}

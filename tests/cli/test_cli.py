@@ -1,5 +1,6 @@
 """Help answers in a blink without torch; words become settings one way; mistakes are one line and an exit code."""
 
+import io
 import subprocess
 import sys
 import time
@@ -144,3 +145,15 @@ def test_models_prints_the_published_counts(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert "671.03 B" in out and "36.63 B" in out and "15.71 B" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["schedule", "dualpipe", "--ranks=4"], ["where", "eq 16"], ["models"], ["train", "--help"]],
+)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_a_character_gets_another(monkeypatch, words, encoding):
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, write_through=True))
+    assert main(words) == 0
+    assert out.getvalue().decode(encoding)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,8 @@ def small_run(folder: Path, *more: str) -> RunConfig:
     return load_run("tiny", overrides(folder, *more))
 
 
-def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Send this process SIGTERM when the step has been made, and not only timed."""
+def stop_after(patch: pytest.MonkeyPatch, step: int, how: int | Callable[[], None] = signal.SIGTERM) -> None:
+    """Send this process a signal, or do what ends a run, when the step has been made, and not only timed."""
     from counterflow.train.fit import LONG
     from counterflow.train.trainer import Trainer
 
@@ -98,7 +99,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     def counted(self):
         values = plain(self)
         if self.steps == step and self.run.train.tokens < LONG:
-            os.kill(os.getpid(), signal.SIGTERM)
+            how() if callable(how) else os.kill(os.getpid(), how)
         return values
 
     patch.setattr(Trainer, "step", counted)

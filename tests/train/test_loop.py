@@ -1,5 +1,7 @@
 """A run through the command line: whole, resumed, stopped, killed, and refused with one clear line."""
 
+import errno
+import os
 import random
 import signal
 import sys
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from counterflow.cli import main
+from counterflow.errors import ConfigError
 from counterflow.train import begin
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS, run_config
@@ -172,6 +175,29 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, tmp_pa
     assert timeless[0] == timeless[1]
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_what_a_scheduler_or_a_lost_terminal_sends_saves_as_sigterm_does(tmp_path, number, capsys):
+    write_text(tmp_path / "text.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2, number)
+        assert counterflow(tmp_path) == 128 + number
+    assert "Stopped at step 2 and saved" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [2]
+
+
+def test_a_pipe_whose_reader_has_gone_saves_too(tmp_path, monkeypatch):
+    """As behind `| head -1`; what is said later goes nowhere, and leaves no error at the end."""
+    write_text(tmp_path / "text.txt")
+    reader, writer = os.pipe()
+    monkeypatch.setattr("counterflow.progress.FIRST_AFTER_S", 0.0)
+    monkeypatch.setattr("counterflow.progress.EVERY_S", 0.0)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        stop_after(monkeypatch, 2, lambda: os.close(reader))
+        assert counterflow(tmp_path) == 128 + signal.SIGPIPE
+    assert Checkpoints(tmp_path / "run" / CHECKPOINTS, 9).steps() == [2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_stop(tmp_path, number):
@@ -322,3 +348,47 @@ def test_patience_ends_a_run_which_is_then_complete_until_it_has_more(tmp_path, 
     assert "is complete (step 4)" in capsys.readouterr().out
     assert counterflow(tmp_path, *still) == 0
     assert len(read(tmp_path / "run")) == 9
+
+
+def test_what_a_killed_save_left_goes_before_the_next_one(tmp_path):
+    """A disk that holds no more than is kept has no room beside it."""
+    left = [
+        tmp_path / "run" / CHECKPOINTS / name for name in ("step-00000013.writing", "step-00000005.removing")
+    ]
+    for folder in left:
+        folder.mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("counterflow.train.loop.begin", lambda run, folder: None)
+        assert counterflow(tmp_path) == 0
+    assert not any(folder.exists() for folder in left)
+
+
+def test_a_folder_below_one_that_is_not_ours_is_locked_inside(tmp_path, monkeypatch, capsys):
+    folder, plain = tmp_path / "run", os.open
+
+    def refused(path, flags, *rest, **more):
+        if Path(path).parent == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return plain(path, flags, *rest, **more)
+
+    monkeypatch.setattr("counterflow.train.begin.os.open", refused)
+    with (
+        begin.locked(folder),
+        pytest.raises(ConfigError, match="another process is training"),
+        begin.locked(folder),
+    ):
+        raise AssertionError("locked twice")
+    with begin.locked(folder):
+        assert (folder / ".lock").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_once_and_trained_on(tmp_path, monkeypatch, capsys, number):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with begin.locked(tmp_path / "run", quiet=True), begin.locked(tmp_path / "run"):
+        pass
+    error = capsys.readouterr().err
+    assert error.count("has no locks") == 1 and os.strerror(number) in error
