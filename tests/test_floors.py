@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "counterflow"
 FLOORS = {
     "errors": -2,
     "units": -2,
+    "machine": -2,
     "progress": -1,
     "interrupt": -1,
     "config": 0,
@@ -38,7 +39,7 @@ FLOORS = {
 }
 ALONE = {"tyro": "cli", "fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve"}
 """Libraries that one room alone imports."""
-STANDARD_ONLY = ("errors", "units", "interrupt", "config", "schedule")
+STANDARD_ONLY = ("errors", "units", "machine", "interrupt", "config", "schedule")
 TORCH_FREE = (*STANDARD_ONLY, "plan")
 
 pytestmark = pytest.mark.pure

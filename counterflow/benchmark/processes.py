@@ -16,6 +16,7 @@ import torch.multiprocessing as multiprocessing
 
 from counterflow.comm.mesh import Mesh
 from counterflow.config.run import Parallel
+from counterflow.machine import cores
 from counterflow.train.launch import joined
 
 TURN_S = 0.5
@@ -74,6 +75,6 @@ def _rank(
     )
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(max(1, cores() // ranks))
     with joined(parallel, device) as mesh:
         play(mesh, *given)

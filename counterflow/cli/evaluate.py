@@ -1,6 +1,5 @@
 """`counterflow evaluate WHAT`: a model's worth by programs, text, experts or another model."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from counterflow.cli.files import keep
 from counterflow.cli.loading import loaded, mesh_on, precision_on
 from counterflow.cli.tasks import Tasks, tasks
 from counterflow.errors import ConfigError, DataError, nearest
+from counterflow.machine import cores
 
 if TYPE_CHECKING:
     from counterflow.comm.mesh import Mesh
@@ -96,7 +96,7 @@ def humaneval(wish: HumanEval, mesh: "Mesh") -> None:
         make = known.get(wish.completions)
         texts = make(given) if make else bench.from_file(Path(wish.completions), given)
         out = wish.json
-    answers = bench.grade(given, list(texts), limits, wish.workers or os.cpu_count() or 1)
+    answers = bench.grade(given, list(texts), limits, wish.workers or cores())
     found = bench.report(answers, wish.k, limits, settings)
     _table("HumanEval", [*_humaneval_rows(found).items()])
     keep(found, out)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from counterflow.errors import CheckpointError
 from counterflow.interrupt import end_now
+from counterflow.machine import free_memory
 from counterflow.train.checkpoint import Checkpoints, quiet
 from counterflow.train.piece import Piece
 from counterflow.units import bytes_
@@ -199,22 +199,3 @@ def aligned(tensor: Tensor) -> int:
 def size_of(pieces: Mapping[str, Piece]) -> int:
     """Bytes of the copy."""
     return sum(aligned(piece.value) for piece in pieces.values())
-
-
-def free_memory() -> int:
-    """Bytes that this host, and this process's control groups, can still give."""
-    information = Path("/proc/meminfo")
-    if not information.is_file():
-        return 0
-    lines = dict(line.split(":", 1) for line in information.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    groups = Path("/proc/self/cgroup")
-    own = groups.read_text().rpartition("::")[2].strip().lstrip("/") if groups.is_file() else ""
-    group = Path("/sys/fs/cgroup") / own
-    for folder in (group, *group.parents[: len(Path(own).parts)]):
-        with suppress(OSError, ValueError):  # no such group, or no limit
-            most = int((folder / "memory.max").read_text())
-            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / "memory.current").read_text()) - int(cached.get("inactive_file", 0))
-            free = min(free, most - used)
-    return free

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from counterflow.comm.mesh import Mesh
-from counterflow.errors import CheckpointError
+from counterflow.errors import CheckpointError, first_line
 from counterflow.train import manifest
 from counterflow.train.files import PieceReader, PieceWriter, system_error
 from counterflow.train.piece import LoadPieces, Piece, SavePieces
@@ -198,11 +198,10 @@ def _remove(path: Path) -> None:
 def _why_not_written(path: Path, error: BaseException, older: list[int]) -> str:
     """One sentence from whatever the writing raised, with the operating system's cause dug out."""
     cause = system_error(error)
-    why = (
-        CAUSES.get(cause.errno or 0, cause.strerror or str(cause))
-        if cause
-        else (str(error) or repr(error)).splitlines()[0]
-    )
+    while isinstance(error, CheckpointException) and error.failures:  # by rank
+        failure = next(iter(error.failures.values()))
+        error = failure[0] if isinstance(failure, tuple) else failure
+    why = CAUSES.get(cause.errno or 0, cause.strerror or str(cause)) if cause else first_line(error)
     kept = f"Saved before and untouched: step {older[-1]}." if older else "No earlier checkpoint was there."
     return f"the checkpoint {path} could not be written; {why}. {kept}"
 

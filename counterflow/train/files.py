@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from counterflow.machine import cores
+
 CORES_EACH = 4
 """Of the machine for every thread that writes, so that writing leaves most of them to the training."""
 MOST_THREADS = 4
@@ -93,7 +95,7 @@ class PieceWriter(FileSystemWriter):
             except BaseException as error:  # a thread's error is the caller's
                 errors.append(error)
 
-        threads = max(1, min(MOST_THREADS, (os.cpu_count() or 1) // CORES_EACH))
+        threads = max(1, min(MOST_THREADS, cores() // CORES_EACH))
         with ThreadPool(threads) as pool:  # daemons: Ctrl-C does not wait for them
             pool.map(write, enumerate(by_kind(plan.items, threads)), chunksize=1)
         if errors:
@@ -115,7 +117,7 @@ class PieceReader(FileSystemReader):
         def read(items: list[ReadItem]) -> None:
             super(PieceReader, self).read_data(replace(plan, items=items), planner).wait()
 
-        with ThreadPool(max(1, min(MOST_THREADS, len(files), os.cpu_count() or 1))) as pool:
+        with ThreadPool(max(1, min(MOST_THREADS, len(files), cores()))) as pool:
             pool.map(read, files.values(), chunksize=1)
         done: Future[None] = Future()
         done.set_result(None)

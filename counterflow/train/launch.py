@@ -30,6 +30,7 @@ from counterflow.comm.mesh import Mesh, device_for, objects_group
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError, first_line
 from counterflow.interrupt import end_now, end_with_parent, handled, heard
+from counterflow.machine import cores
 from counterflow.train.begin import is_trained
 from counterflow.train.environment import Place, place_here, started
 
@@ -86,6 +87,7 @@ def on_ranks(ranks: int, device: str, words: Sequence[str], act: Callable[[Mesh]
         act(mesh)
         return 0
 
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
     if started() is None:
         return acted(Mesh(device=torch.device(device_for(device, 1))))
     return _join(Parallel(data=ranks, expert=ranks), device_for(device, ranks), acted)
@@ -194,7 +196,7 @@ def _meet(place: Place, backend: str) -> None:
 def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str) -> int:
     """All ranks on this machine, watched; `killed` is what to know and do where one is killed."""
     processes = parallel.processes
-    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    threads = threads or max(1, cores() // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

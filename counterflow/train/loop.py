@@ -26,6 +26,7 @@ from counterflow.data.loader import Samples, open_text, tokenise_share
 from counterflow.errors import CheckpointError, CounterflowError
 from counterflow.interrupt import STOPS, stop_signals
 from counterflow.kernels.memory import keep_freed_memory
+from counterflow.machine import cores
 from counterflow.pipeline.record import Recorder
 from counterflow.plan.count import count_parameters
 from counterflow.progress import Progress, say
@@ -126,8 +127,7 @@ def resolve(run: RunConfig) -> RunConfig:
     """The run with what was left to the machine decided, and the process set up for it."""
     train = run.train
     device = device_for(train.device, run.parallel.processes)
-    if train.threads:
-        torch.set_num_threads(train.threads)
+    torch.set_num_threads(train.threads or min(torch.get_num_threads(), cores()))
     keep_freed_memory()
     precision = precision_for(train.precision, device)
     return dataclasses.replace(run, train=dataclasses.replace(train, device=device, precision=precision))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.errors import CheckpointError
+from counterflow.machine import cores
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
@@ -44,7 +45,7 @@ def verify(path: Path, names: Collection[str] | None = None) -> None:
     files = _read(path)["files"]
     if names is not None:
         files = {name: files[name] for name in names}
-    number = min(len(files), os.cpu_count() or 1) or 1
+    number = min(len(files), cores()) or 1
     with ThreadPool(number) as readers:  # daemons: Ctrl-C does not wait for them
         for fault in readers.imap(_fault, [(path / name, expected) for name, expected in files.items()]):
             if fault:

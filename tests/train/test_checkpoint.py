@@ -241,7 +241,7 @@ def test_this_machines_free_memory_is_known():
 
 def test_an_error_in_any_of_the_threads_that_write_is_raised(tmp_path, monkeypatch):
     """torch's own threads would lose it, and the checkpoint would lack their tensors."""
-    monkeypatch.setattr("counterflow.train.files.os.cpu_count", lambda: 16)
+    monkeypatch.setattr("counterflow.train.files.cores", lambda: 16)
     kept, given = Checkpoints(tmp_path, keep=1), {f"master.{name}": torch.randn(9) for name in "abcdef"}
     path = kept.save(1, given, {})
     assert len(list(path.glob("*.distcp"))) == 4
