@@ -15,7 +15,8 @@ from counterflow.kernels.product import add_product
 
 BLOCK_BYTES = 8 << 20
 """Of fp32 logits in one block on a CPU: what stays in its last-level cache."""
-BLOCK_BYTES_GPU = 512 << 20
+BLOCK_BYTES_GPU = 2 << 30
+"""The weight's gradient, as large as the weight in fp32, is read and written once a block: long blocks, few times."""
 
 
 def token_blocks(tokens: int, vocab: int, is_cuda: bool) -> range:
@@ -42,16 +43,28 @@ def cross_entropy(
     blocks = token_blocks(len(h), len(weight), h.is_cuda)
     for start in blocks:
         rows = slice(start, min(start + blocks.step, len(h)))
-        logits = h[rows] @ weight.t()
-        p = torch.softmax(logits, dim=-1, dtype=wide)
-        target = targets[rows, None]
-        # log Σ exp without another pass: the largest probability is 1 / Σ exp(logit − largest logit).
-        log_sum = logits.amax(-1).to(p.dtype) - p.amax(-1).log()
-        nll[rows] = log_sum - logits.gather(1, target)[:, 0].to(p.dtype)
-        if dh is not None and dweight is not None:
-            dlogits = (
-                p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target)).to(h.dtype).mul_(scale)
-            )
+        nll[rows], dlogits = _entropy(h[rows] @ weight.t(), targets[rows], scale if dh is not None else None)
+        if dh is not None and dweight is not None and dlogits is not None:
             torch.mm(dlogits, weight, out=dh[rows])
             add_product(dweight, dlogits, h[rows])
     return nll, dh
+
+
+def _entropy(
+    logits: Float[Tensor, "T V"], targets: Int[Tensor, "T"], scale: float | None
+) -> tuple[Float[Tensor, "T"], Float[Tensor, "T V"] | None]:
+    """−log p(target) of every row, and with a scale, scale × its gradient; the logits are used up."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from counterflow.kernels import head_triton  # a CPU build of PyTorch comes without Triton
+
+        nll = head_triton.cross_entropy_(logits, targets, scale)
+        return nll, logits if scale is not None else None
+    p = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    target = targets[:, None]
+    # log Σ exp without another pass: the largest probability is 1 / Σ exp(logit − largest logit).
+    log_sum = logits.amax(-1).to(p.dtype) - p.amax(-1).log()
+    nll = log_sum - logits.gather(1, target)[:, 0].to(p.dtype)
+    if scale is None:
+        return nll, None
+    one_less = p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+    return nll, one_less.to(logits.dtype).mul_(scale)

@@ -2,7 +2,7 @@
 
 Gradients of a step are summed over micro-batches, sequences and ranks; in bf16 that sum loses what is small,
 so the accumulator is fp32 whatever the operands are. On a GPU the product of one
-matrix itself comes out in fp32; grouped products there, and every bf16 product on a CPU, are rounded once to
+matrix is added as it is made; grouped products there, and every bf16 product on a CPU, are rounded once to
 bf16 per micro-batch and then added in fp32.
 """
 
@@ -16,6 +16,6 @@ def add_product(total: Float[Tensor, "M N"], dy: Float[Tensor, "T M"], x: Float[
     if x.dtype == total.dtype:
         total.addmm_(dy.t(), x)
     elif x.is_cuda:
-        total.add_(torch.mm(dy.t(), x, out_dtype=total.dtype))
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
     else:
         total.add_(dy.t() @ x)

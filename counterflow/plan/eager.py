@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from counterflow.plan.work import Work, Workload
 from counterflow.schedule.words import Kind, Part
 
-ACCUMULATE_BYTES = 10
-"""Of a weight for each product in bf16: it is read, the fp32 gradient read and written (kernels.product)."""
+ACCUMULATE_BYTES, FUSED_ACCUMULATE_BYTES = 10, 4
+"""Of a weight for each product in bf16: it is read, the fp32 gradient read and written; on a GPU one matrix's product
+reads the gradient that it writes (kernels.product)."""
 NORM_BACKWARD = 64
 """Bytes of an element in fp32 (kernels.norm): two products and sums, two matrix-vector products, dx in three passes."""
 NORM_KERNELS, NORM_BACKWARD_KERNELS, FUSED_NORM_BACKWARD_KERNELS = 9, 20, 3
@@ -97,7 +98,7 @@ def _attn(load: Workload, kind: Kind, moe: bool) -> Passes:
     width = model.hidden_size
     norms = 2 * width + model.q_lora_rank + model.kv_lora_rank
     if kind is Kind.W:
-        return _accumulate(load, sizes.attention), 10 + moe
+        return _accumulate(load, sizes.attention), 5 * _added(load) + moe
     forward, launches = _attend(load), 4 * norm_kernels(load, Kind.F) + (13 if load.on_gpu else 18)
     if kind is Kind.F:
         row = (
@@ -124,7 +125,7 @@ def _dense(load: Workload, kind: Kind) -> Passes:
     model, (e, _) = load.job.model, _element(load)
     inner, width = model.dense_intermediate_size, model.hidden_size
     if kind is Kind.W:
-        return _accumulate(load, 3 * width * inner), 4
+        return _accumulate(load, 3 * width * inner), 2 * _added(load)
     row = swiglu_bytes(load, kind, False) * inner + (3 * e * width if kind is Kind.F else 0)
     kernels = (3, 3) if load.on_gpu else (5, 8)
     return load.tokens * row, kernels[kind is not Kind.F]
@@ -137,9 +138,10 @@ def _experts(load: Workload, kind: Kind) -> Passes:
     held = model.num_routed_experts // load.layout.expert
     if kind is Kind.W:
         runs = 1 if load.on_gpu else 2  # whole granules of an expert's rows, and the rest
-        weights = runs * held * sizes.expert + 3 * width * sizes.shared
-        kernels = 12 if load.on_gpu else 6 + 12 * held
-        return load.tokens * 4 * e * sizes.pairs * width + _accumulate(load, weights), kernels
+        routed = runs * held * sizes.expert * (ACCUMULATE_BYTES if e < 4 else 0)
+        kernels = 10 if load.on_gpu else 6 + 12 * held
+        added = routed + _accumulate(load, 3 * width * sizes.shared)
+        return load.tokens * 4 * e * sizes.pairs * width + added, kernels
     row = 2 * e * sizes.pairs * width + e * (sizes.pairs + sizes.arrived) * width
     row += swiglu_bytes(load, kind, True) * inner + swiglu_bytes(load, kind, False) * sizes.shared
     row += (
@@ -151,8 +153,14 @@ def _experts(load: Workload, kind: Kind) -> Passes:
 
 
 def _accumulate(load: Workload, weights: float) -> float:
-    """Bytes; fp32 gradients are added to within the product."""
-    return weights * ACCUMULATE_BYTES if load.job.bytes_of.hidden < 4 else 0.0
+    """Bytes of single matrices' gradients; fp32 operands' are added to within the product."""
+    a_weight = FUSED_ACCUMULATE_BYTES if load.on_gpu else ACCUMULATE_BYTES
+    return weights * a_weight if load.job.bytes_of.hidden < 4 else 0.0
+
+
+def _added(load: Workload) -> int:
+    """Launches of a single matrix's gradient."""
+    return 1 if load.on_gpu else 2
 
 
 def _embed(load: Workload, kind: Kind, moe: bool) -> Passes:
@@ -169,24 +177,24 @@ def _merge(load: Workload, kind: Kind, moe: bool) -> Passes:
     """Two norms, the concatenation, and an embedding of its own."""
     width, (e, _) = load.job.model.hidden_size, _element(load)
     if kind is Kind.W:
-        return _accumulate(load, 2 * width * width), 2
+        return _accumulate(load, 2 * width * width), _added(load)
     looked, kernels = _embed(load, kind, moe)
     row = (2 * norm_bytes(load, kind) + 4 * e) * width
     return load.tokens * row + looked, kernels + 6 + 2 * norm_kernels(load, kind) * (kind is not Kind.F)
 
 
 def _head(load: Workload, kind: Kind, moe: bool) -> Passes:
-    """Block by block: softmax, its largest, the cast and scaled gradient; the weight's gradient once a block."""
+    """Block by block: softmax, its largest, the cast and scaled gradient, on a GPU one kernel that reads twice and
+    writes once; the weight's gradient once a block."""
     del moe
     model, tokens, (e, c) = load.job.model, load.tokens, _element(load)
     if kind is Kind.I:
         return tokens * (norm_bytes(load, kind) + 2 * e) * model.hidden_size, norm_kernels(load, kind) + 2
-    softmax = e + 4 if load.on_gpu else c + 8
-    logit = softmax + e + 4 + c + 2 * e
+    logit = 3 * e if load.on_gpu else c + 8 + e + 4 + c + 2 * e
     blocks = -(-tokens * model.vocab_size * 4 // load.head_block)
     added = blocks * _accumulate(load, model.vocab_size * model.hidden_size)
     passes = tokens * (logit * model.vocab_size + norm_bytes(load, kind) * model.hidden_size) + added
-    return passes, 22 * blocks + norm_kernels(load, Kind.F)
+    return passes, (5 if load.on_gpu else 22) * blocks + norm_kernels(load, Kind.F)
 
 
 def _transfer(load: Workload, kind: Kind, moe: bool) -> Passes:

@@ -129,7 +129,7 @@ def _transient(costs: Costs, parts: set[Part]) -> float:
     sizes = load.sizes
     attention = 2 * load.tokens * (2 * sizes.queries + 3 * sizes.values) * hidden
     pairs = load.tokens * sizes.pairs * (2 * model.hidden_size + 3 * model.moe_intermediate_size) * hidden
-    block = min(load.head_block, 4 * load.tokens * model.vocab_size)
+    block = min(load.head_block, 4 * load.tokens * model.vocab_size) * (hidden / 8 if load.on_gpu else 1)
     return max(
         attention if Part.ATTN in parts else 0.0,
         pairs if Part.MLP in parts else 0.0,

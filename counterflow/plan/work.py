@@ -120,8 +120,8 @@ class Workload:
 
     @property
     def head_block(self) -> int:
-        """Bytes of fp32 logits made at once (`kernels.head`)."""
-        return 512 * 2**20 if self.on_gpu else 8 * 2**20
+        """Bytes that the logits made at once would take in fp32 (`kernels.head`)."""
+        return 2**31 if self.on_gpu else 8 * 2**20
 
     def __call__(self, kind: Kind, part: Part, layer: int) -> Work:
         """The work of an op on one rank; `kind` is F, I or W."""

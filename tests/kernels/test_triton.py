@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from counterflow.kernels import norm, rotate, swiglu
+from counterflow.kernels import head, norm, rotate, swiglu
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
-from counterflow.kernels import grouped_triton, rotate_triton, swiglu_triton
+from counterflow.kernels import grouped_triton, head_triton, rotate_triton, swiglu_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
@@ -71,6 +71,26 @@ def test_rotation_of_heads_that_lie_apart_and_its_backward(shape, keep, dtype):
     (ours,) = torch.autograd.grad(rotate.rotate(given, table.to(DEVICE), keep), given, dout.to(DEVICE))
     (theirs,) = torch.autograd.grad(rotate.rotate(plain, table, keep), plain, dout)
     assert near(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 48), (3, 300), (2, 9001)])
+def test_cross_entropy_and_its_gradient_in_the_logits_place(shape, dtype):
+    rows, width = shape
+    logits = (5 * torch.randn(rows, width)).to(dtype)
+    targets = torch.randint(width, (rows,))
+    want, gradient = head._entropy(logits.clone(), targets, 0.3)
+    given = logits.to(DEVICE)
+    assert near(head_triton.cross_entropy_(given, targets.to(DEVICE), None), want, torch.float32)
+    assert torch.equal(given.cpu(), logits), "without a scale nothing is written"
+    assert near(head_triton.cross_entropy_(given, targets.to(DEVICE), 0.3), want, torch.float32)
+    assert near(given, gradient, dtype)
+
+
+def test_a_target_some_hundred_nats_down_and_logits_that_are_no_numbers():
+    logits = torch.tensor([[200.0, -200.0], [float("nan"), 1.0], [-2e4, -3e4]]).to(DEVICE)
+    found = head_triton.cross_entropy_(logits, torch.tensor([1, 1, 0]).to(DEVICE), 1.0)
+    assert found[0] == 400.0 and found[1].isnan() and found[2] == 0.0
 
 
 @pytest.mark.parametrize("rows", [0, 1, 16, 37])

@@ -71,7 +71,7 @@ def test_tokens_and_seconds_agree():
 def test_a_small_model_is_bound_by_its_launches():
     """By all of them together: while the head keeps the device, the host issues what comes next."""
     costs = Costs(Job(MODELS["tiny"], 256, 16, 1e6, "bf16"), Layout(1, 1, 1, 4), hardware("h100"))
-    assert costs.issue_s(Kind.W, Part.ATTN, 1) == pytest.approx(11 * 7.6e-6)
+    assert costs.issue_s(Kind.W, Part.ATTN, 1) == pytest.approx(6 * 7.6e-6)
     step = predict(costs)
     ops = [span.what for span in step.spans if isinstance(span.what, Op)]
     host = sum(costs.issue_s(op.kind, op.part, op.layer) for op in ops)
