@@ -135,7 +135,7 @@ class Checkpoints:
         return any(name.startswith(kind) for name in self._saved(step))
 
     def load(self, step: int, pieces: Mapping[str, Piece | Tensor], some: bool = False) -> None:
-        """Fill the pieces in place; with `some`, the checkpoint may hold more than are asked for.
+        """Fill the pieces in place; with `some`, the checkpoint may hold more than are asked for, and in another type.
 
         Any layout's checkpoint fills any other's. A collective. Fails, on every rank: CheckpointError if a file is not
         as it was written, or a tensor's name, size or type is another.
@@ -171,7 +171,7 @@ class Checkpoints:
                 raise CheckpointError(
                     f"{path} holds '{name}' with {size} elements, this model has {piece.total}; {ANOTHER_MODEL}"
                 )
-            if dtype != piece.value.dtype:
+            if dtype != piece.value.dtype and not some:
                 raise CheckpointError(
                     f"{path} holds '{name}' in {dtype}, this model has it in {piece.value.dtype}; {ANOTHER_MODEL}"
                 )

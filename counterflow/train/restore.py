@@ -9,7 +9,7 @@ from counterflow.comm.mesh import PRECISIONS, Mesh, precision_for
 from counterflow.config.load import to_toml
 from counterflow.config.run import Data, Keep, RunConfig
 from counterflow.convert.folder import whole_folder
-from counterflow.convert.load import load_folder
+from counterflow.convert.load import empty_model, load_folder
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.data.tokenizer import load as load_tokenizer
 from counterflow.errors import CheckpointError
@@ -17,7 +17,6 @@ from counterflow.model.transformer import Transformer, expert_shards, named_rout
 from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.folder import CHECKPOINTS, RUN_TOML, TOKENIZER, is_exported, run_config
 from counterflow.train.piece import Piece
-from counterflow.train.spread import whole_model
 
 
 def model_of(
@@ -34,10 +33,7 @@ def model_of(
     mesh = mesh or Mesh()
     dtype = PRECISIONS[precision_for(precision, mesh.device.type)]
     if not is_exported(path):
-        model, tokenizer = restore(path, averaged, mesh)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return model, tokenizer
+        return restore(path, averaged, mesh, dtype)
     if averaged:
         raise CheckpointError(
             f"{path} is an exported folder and holds one set of weights; leave out averaged."
@@ -46,10 +42,13 @@ def model_of(
 
 
 @torch.no_grad()
-def restore(folder: Path, averaged: bool = False, mesh: Mesh | None = None) -> tuple[Transformer, Tokenizer]:
-    """The run's model, in fp32 on the CPU, and its tokenizer; with `averaged`, its EMA weights.
+def restore(
+    folder: Path, averaged: bool = False, mesh: Mesh | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer]:
+    """The run's model, in `dtype` on the CPU, and its tokenizer; with `averaged`, its EMA weights.
 
-    Of its experts the part that is this rank's on `mesh`, whose ranks all call this.
+    Of its experts the part that is this rank's on `mesh`, whose ranks all call this. Weights are rounded as they are
+    read, so that there is never more of the model than is kept.
 
     Fails: CheckpointError where there is no run, no checkpoint, or no averaged weights.
     """
@@ -62,7 +61,7 @@ def restore(folder: Path, averaged: bool = False, mesh: Mesh | None = None) -> t
             raise CheckpointError(f"{folder} has no checkpoint yet; train it further: counterflow train.")
         if averaged and not run.train.ema_decay:
             raise CheckpointError(f"{folder} kept no averaged weights; train with train.ema_decay above 0.")
-        return whole_model(run, mesh)
+        return empty_model(run.model, dtype, (mesh.expert_rank, mesh.expert))
 
     model = mesh.all_do(empty)
     kept.load(kept.steps()[-1], weights(model, "ema" if averaged else "master"), some=True)

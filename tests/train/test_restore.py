@@ -12,6 +12,7 @@ from counterflow.config.run import RunConfig
 from counterflow.convert.shards import INDEX
 from counterflow.errors import CheckpointError, ConfigError
 from counterflow.infer.sample import sample_tokens
+from counterflow.train.checkpoint import Checkpoints
 from counterflow.train.loop import train
 from counterflow.train.restore import model_of
 from tests.train.runs import overrides, small_run
@@ -45,6 +46,25 @@ def test_run_export_and_import_are_one_model(place):
     rounded, _ = model_of(place / "run", precision="bf16")
     read, _ = model_of(place / "out", precision="bf16")
     assert equal(rounded, read) and rounded.head.dtype == torch.bfloat16
+
+
+def test_weights_are_read_into_the_precision_that_is_asked_for(place, monkeypatch):
+    """Not into fp32 and rounded afterwards, which takes twice the memory."""
+    read, load = [], Checkpoints.load
+
+    def noted(self, step, pieces, some=False):
+        read.extend(piece.dtype for name, piece in pieces.items() if name.startswith("master."))
+        load(self, step, pieces, some)
+
+    monkeypatch.setattr(Checkpoints, "load", noted)
+    monkeypatch.setattr(
+        "counterflow.convert.load.load_released",
+        lambda model, *_: read.extend(one.dtype for one in model.parameters()),
+    )
+    for name in ("run", "out"):
+        model_of(place / name, precision="bf16")
+        assert read and set(read) == {torch.bfloat16}
+        read.clear()
 
 
 def test_all_three_write_the_same(place, capsys):
