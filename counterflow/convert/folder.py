@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -27,7 +28,7 @@ def whole_folder(final: Path, needed_bytes: int = 0) -> Iterator[Path]:
 
     Fails: CheckpointError if something is there already, the disk has no room, or writing fails.
     """
-    final = final.expanduser().absolute()
+    final = Path(expanduser(final)).absolute()
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise CheckpointError(f"{final} is there already; choose another folder, or remove it first.")
     writing = final.with_name(final.name + WRITING)

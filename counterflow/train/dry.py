@@ -53,7 +53,7 @@ def dry_run(run: RunConfig) -> str:
     elif step:
         complete = trained_by(run, folder, step)
         where = f"The run in {folder} {'is complete, at' if complete else 'would go on from'} step {step}."
-    run = continued(run, folder, step)
+    run = continued(run, folder, 0 if run.keep.resume == "never" else step)
     parts = [
         to_toml(run),
         *_layout(run),

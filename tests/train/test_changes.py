@@ -8,7 +8,7 @@ import pytest
 
 from counterflow.config.run import Parallel, RunConfig, Train
 from counterflow.config.runs import RUNS
-from counterflow.errors import ConfigError
+from counterflow.errors import ConfigError, NonFiniteError
 from counterflow.plan import layout
 from counterflow.train import begin, lr
 from counterflow.train.changes import Change, recorded, together
@@ -166,6 +166,14 @@ def test_a_change_is_said_and_kept_with_its_step(stopped, capsys):
         assert train(small_run(stopped, *first, f"train.tokens={tokens}", f"train.ema_decay={decay}")) == 0
     steps = [change.step for change in recorded(stopped / "run") if change.setting == "train.ema_decay"]
     assert steps == [5, 6] and model_of(stopped / "run", averaged=True)
+
+
+def test_weights_that_a_rate_far_too_high_has_spoilt_take_no_checkpoints_place(tmp_path):
+    """So the remedy works: without a checkpoint the run begins again, and no good one is pushed out."""
+    every = ("keep.checkpoint_every=1", "train.lr.warmup=0.5", "train.tokens=256")
+    with pytest.raises(NonFiniteError, match=r"step 1: weights have grown beyond .* lower train.lr.peak"):
+        train(small_run(tmp_path, *every, "train.lr.peak=1e30"))
+    assert train(small_run(tmp_path, *every, "train.lr.peak=1e-3")) == 0
 
 
 def test_changes_are_told_from_the_step_that_the_run_goes_on_from():

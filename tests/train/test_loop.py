@@ -69,6 +69,9 @@ def test_a_run_leaves_all_that_it_promises(whole, capsys):
         assert (run / name).stat().st_size > 0, name
     steps = read(run)
     assert [step["step"] for step in steps] == list(range(1, 25))
+    assert steps[0]["lr"] == 3e-3, (
+        "the first step trains, at the rate of its end: the warm-up is shorter than it"
+    )
     assert steps[-1]["held_out_bpb"] > 0 and steps[9]["held_out_bpb"] > 0 and "held_out_bpb" not in steps[0]
     assert (
         main(
