@@ -103,7 +103,9 @@ def tiktoken_folder(folder: Path, kind: str = "TikTokenTokenizer") -> Path:
     lines = [base64.b64encode(token) + f" {rank}".encode() for rank, token in enumerate(RANKS)]
     (folder / "tiktoken.model").write_bytes(b"\n".join(lines))
     first = len(RANKS)
-    names = {first: "[BOS]", first + 1: "[EOS]", first + 2: "<|im_end|>", first + 255: "[PAD]"}
+    names = dict(enumerate(("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>"), start=first)) | {
+        first + 255: "[PAD]"
+    }
     settings = {
         "tokenizer_class": kind,
         "bos_token": "[BOS]",
