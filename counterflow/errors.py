@@ -32,7 +32,14 @@ class CheckpointError(CounterflowError):
 
 
 class RequestError(CounterflowError):
-    """A request for text that cannot be served: an impossible setting, a prompt that is empty or too long."""
+    """A request for text that cannot be served: an impossible setting, a prompt that is empty or too long.
+
+    `code` and `param` are what OpenAI's API calls the kind of error and the field that it lies in.
+    """
+
+    def __init__(self, message: str, code: str = "invalid_value", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
 
 
 class ScheduleError(CounterflowError):

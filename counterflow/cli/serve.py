@@ -57,6 +57,10 @@ class Serve:
     or none where that is measured to be faster."""
     grace_s: int = 30
     """How long texts under way may go on once the server is told to stop."""
+    receive_s: float = 30
+    """How long a request may take to arrive whole."""
+    allow_origin: tuple[str, ...] = ()
+    """Origins of web pages that may ask the server from a browser, such as https://chat.example; * for all."""
     averaged: bool = False
     """Use the averaged weights (EMA), if the run kept them."""
     device: str = "auto"
@@ -166,7 +170,8 @@ def listening_of(wish: Serve) -> "ServerSettings":
             f"serving needs {error.name}, which is not installed: {installing('serve')}."
         ) from None
     key = wish.api_key or os.environ.get(KEY_VARIABLE, "")
-    return ServerSettings(wish.host, wish.port, key, wish.max_queue, wish.max_body_bytes, wish.grace_s)
+    limits = (wish.max_queue, wish.max_body_bytes, wish.grace_s, wish.receive_s)
+    return ServerSettings(wish.host, wish.port, key, *limits, wish.allow_origin)
 
 
 def engine_of(wish: Serve, folder: Path, mesh: "Mesh") -> "tuple[Engine, Tokenizer]":

@@ -126,18 +126,23 @@ class Engine:
         """Fails (RequestError) where a request is impossible; reads nothing that a step changes."""
         if not prompt:
             raise RequestError(
-                "the prompt is empty; give at least one token (the end token begins a document)."
+                "the prompt is empty; give at least one token (the end token begins a document).",
+                param="prompt",
             )
         positions, vocab = self.batch.positions, self.model.config.vocab_size
         if len(prompt) > positions:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; a text has {positions} positions here: shorten the prompt."
+                f"the prompt has {len(prompt)} tokens; a text has {positions} positions here: shorten the prompt.",
+                "context_length_exceeded",
+                "prompt",
             )
         foreign = next((token for token in prompt if not 0 <= token < vocab), None)
         if foreign is not None:
-            raise RequestError(f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.")
+            raise RequestError(
+                f"the prompt holds token {foreign}; tokens are numbers from 0 to {vocab - 1}.", param="prompt"
+            )
         if samples < 1:
-            raise RequestError(f"n is {samples}; it must be at least 1.")
+            raise RequestError(f"n is {samples}; it must be at least 1.", param="n")
 
     def forget(self) -> None:
         """Nothing was counted or measured: what was written so far was to make ready."""

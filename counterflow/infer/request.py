@@ -35,20 +35,17 @@ class Sampling:
     """Log-probabilities of the prompt's tokens too."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 0, f"max_tokens is {self.max_tokens}", "it must be at least 0")
-        _require(
-            0 <= self.temperature <= 100,
-            f"temperature is {self.temperature}",
-            "it must be 0 (greedy) or above, and at most 100",
-        )
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}", "it must be above 0 and at most 1")
-        _require(self.top_k >= 0, f"top_k is {self.top_k}", "it must be at least 0 (0: all tokens)")
-        _require(all(self.stop), "a stop string is empty", "it would end every text at once: leave it out")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= 20,
-            f"logprobs is {self.logprobs}",
-            "it must lie between 0 and 20",
-        )
+        _require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "it must be at least 0")
+        warm = "it must be 0 (greedy) or above, and at most 100"
+        _require(0 <= self.temperature <= 100, "temperature", self.temperature, warm)
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "it must be above 0 and at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "it must be at least 0 (0: all tokens)")
+        named = self.logprobs is None or 0 <= self.logprobs <= 20
+        _require(named, "logprobs", self.logprobs, "it must lie between 0 and 20")
+        if not all(self.stop):
+            raise RequestError(
+                "a stop string is empty; it would end every text at once: leave it out.", param="stop"
+            )
 
     @property
     def fixed_depth(self) -> bool:
@@ -56,9 +53,9 @@ class Sampling:
         return self.seed is not None and self.temperature > 0
 
 
-def _require(holds: bool, found: str, must: str) -> None:
+def _require(holds: bool, name: str, value: float | None, must: str) -> None:
     if not holds:
-        raise RequestError(f"{found}; {must}.")
+        raise RequestError(f"{name} is {value}; {must}.", param=name)
 
 
 @dataclass(frozen=True)

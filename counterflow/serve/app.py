@@ -6,7 +6,7 @@ leave in OpenAI's form whatever raised them. A client that goes away ends its te
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -15,24 +15,24 @@ from time import time
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from counterflow.data.tokenizer import Tokenizer
-from counterflow.errors import RequestError
 from counterflow.infer.chat import Chat, chat_of
 from counterflow.infer.engine import Engine
 from counterflow.infer.request import Sampling
 from counterflow.serve.answers import ChatForm, Choice, CompletionForm, Form, failure, usage
+from counterflow.serve.describe import COMPLETED, MISSING, REFUSED, describe
 from counterflow.serve.desk import Written
 from counterflow.serve.guard import App, Guard
 from counterflow.serve.links import Link
 from counterflow.serve.metrics import Metrics
 from counterflow.serve.protocol import Asked, ChatAsked, CompletionAsked
-from counterflow.serve.worker import Busy, EngineFailed, Ticket, Worker
+from counterflow.serve.refuse import HANDLERS, ModelMissing
+from counterflow.serve.worker import EngineFailed, Ticket, Worker
 
-CODES = {404: "not_found", 413: "body_too_large"}
 NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -98,7 +98,7 @@ class Service:
     async def model(self, name: str) -> dict[str, Any]:
         """GET /v1/models/NAME."""
         if name != self.name:
-            raise HTTPException(404, f"The model '{name}' is not here; this server has '{self.name}'.")
+            raise ModelMissing(f"The model '{name}' is not here; this server has '{self.name}'.")
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "counterflow"}
 
     async def health(self) -> Response:
@@ -119,9 +119,9 @@ class Service:
         return HTMLResponse(text)
 
     def require_model(self, asked: Asked) -> None:
-        """Fails (HTTPException 404) if another model was meant."""
+        """Fails (ModelMissing) if another model was meant."""
         if asked.model != self.name:
-            raise HTTPException(404, f"The model '{asked.model}' is not here; this server has '{self.name}'.")
+            raise ModelMissing(f"The model '{asked.model}' is not here; this server has '{self.name}'.")
 
     async def respond(
         self,
@@ -189,58 +189,32 @@ async def _watch(request: Request, ticket: Ticket) -> None:
     ticket.deltas.put_nowait(HTTPException(499, "The client has gone away."))
 
 
-def application(service: Service, api_key: str = "", max_body_bytes: int = 2**20) -> App:
-    """The ASGI application; with an `api_key`, /v1/ asks for it as a bearer token."""
+def application(
+    service: Service,
+    api_key: str = "",
+    max_body_bytes: int = 2**20,
+    origins: Sequence[str] = (),
+) -> App:
+    """The ASGI application; with an `api_key`, /v1/ asks for it as a bearer token. Pages of `origins` may ask it."""
     service.guarded = bool(api_key)
-    app = FastAPI(title="Counterflow", lifespan=service.life, docs_url=None, redoc_url=None, openapi_url=None)
-    app.post("/v1/completions", response_model=None)(service.completions)
-    app.post("/v1/chat/completions", response_model=None)(service.chat)
-    app.get("/v1/models", response_model=None)(service.models)
-    app.get("/v1/models/{name}", response_model=None)(service.model)
-    app.get("/health", response_model=None)(service.health)
-    app.get("/metrics", response_model=None)(service.numbers)
-    app.get("/", response_model=None)(service.page)
-    for kind, handler in HANDLERS.items():
-        app.add_exception_handler(kind, handler)
-    return Guard(app, service.metrics, api_key, max_body_bytes)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure(str(error), "invalid_request_error"), 400)
-
-
-async def _malformed(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError), "the table below says so"
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = f"{where}: {first['msg']}." if where else f"{first['msg']}."
-    return JSONResponse(failure(message, "invalid_request_error", param=where or None), 400)
-
-
-async def _http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException), "the table below says so"
-    body = failure(error.detail, "invalid_request_error", CODES.get(error.status_code))
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-async def _busy(_: Request, error: Exception) -> Response:
-    message = "The queue is full; try again in a moment."
-    return JSONResponse(failure(message, "rate_limit_error", "queue_full"), 429, {"Retry-After": "1"})
-
-
-async def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure(f"The engine failed: {error}", "server_error"), 503)
-
-
-async def _unknown(_: Request, error: Exception) -> Response:
-    return JSONResponse(failure("The server made a mistake; its log says more.", "server_error"), 500)
-
-
-HANDLERS = {
-    RequestError: _refused,
-    RequestValidationError: _malformed,
-    HTTPException: _http,
-    Busy: _busy,
-    EngineFailed: _failed,
-    Exception: _unknown,
-}
+    app = FastAPI(title="Counterflow", lifespan=service.life, docs_url=None, redoc_url=None)
+    app.post("/v1/completions", **COMPLETED)(service.completions)
+    app.post("/v1/chat/completions", **COMPLETED)(service.chat)
+    reads: Mapping[str, tuple[Callable[..., Any], type[Response]]] = {
+        "/v1/models": (service.models, JSONResponse),
+        "/v1/models/{name:path}": (service.model, JSONResponse),
+        "/health": (service.health, PlainTextResponse),
+        "/metrics": (service.numbers, PlainTextResponse),
+        "/": (service.page, HTMLResponse),
+    }
+    for path, (read, kind) in reads.items():
+        errors = MISSING if "{" in path else REFUSED if path.startswith("/v1/") else {}
+        app.get(path, response_model=None, response_class=kind, responses=errors)(read)
+        app.head(path, include_in_schema=False)(read)
+    for error, handler in HANDLERS.items():
+        app.add_exception_handler(error, handler)
+    describe(app, service.name, service.engine.model.config.vocab_size, service.guarded)
+    guarded: App = Guard(app, service.metrics, api_key, max_body_bytes)
+    if not origins:
+        return guarded
+    return CORSMiddleware(guarded, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])

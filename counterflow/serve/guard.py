@@ -1,12 +1,16 @@
-"""What stands before every route: the key, the size of a body, and a count of what was answered.
+"""What stands before every route: the key, the host that was asked for, the size of a body, and a count of what was
+answered.
 
 Plain ASGI, so that a body is refused as it grows and a stream is counted when it ends. The metrics, the page and the
-health check need no key: they say nothing of anybody's text.
+health check need no key: they say nothing of anybody's text. Without a key a loopback address guards the server, and a
+web page could reach it under a name of its own that leads there; so its names alone are answered then.
 """
 
 import hmac
+import ipaddress
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from time import perf_counter
 from typing import Any
 
@@ -53,26 +57,56 @@ class Guard:
             return message
 
         try:
-            if self.allows(scope):
-                await self.app(scope, limited, watched)
+            headers = dict(scope["headers"])
+            if not self.key and not is_loopback(host := _host(headers)):
+                await refuse(watched, 403, *_foreign(host))
+            elif not self.allows(scope, headers):
+                await refuse(watched, 401, *NO_KEY)
             else:
-                await refuse(watched)
+                await self.app(scope, limited, watched)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests[path, status] += 1
             self.metrics.request_s.add(perf_counter() - began)
 
-    def allows(self, scope: Message) -> bool:
-        """Whether the request may go on: the path needs no key, or it brings the right one."""
-        if not self.key or not scope["path"].startswith(GUARDED):
+    def allows(self, scope: Message, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether it may go on: it needs no key, as what a browser asks beforehand, or brings the right one."""
+        if not self.key or not scope["path"].startswith(GUARDED) or scope["method"] == "OPTIONS":
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self.key)
+        return hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self.key)
 
 
-async def refuse(send: Send) -> None:
-    """401 in OpenAI's form."""
-    error = failure("Incorrect API key provided.", "invalid_request_error", "invalid_api_key")
-    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(error).encode()})
+NO_KEY = "Incorrect API key provided.", "invalid_api_key", [(b"www-authenticate", b"Bearer")]
+
+
+def _host(headers: Mapping[bytes, bytes]) -> str:
+    """The name that was asked for, without its port; only old clients send none."""
+    host = headers.get(b"host", b"localhost").decode("latin-1")
+    return re.sub(r":\d*$", "", host).strip("[]")
+
+
+def _foreign(host: str) -> tuple[str, str, list[tuple[bytes, bytes]]]:
+    said = (
+        f"The host '{host}' was asked for, and a server without an API key answers to this machine's loopback names "
+        "alone: ask 127.0.0.1, or start it with a key."
+    )
+    return said, "host_not_allowed", []
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address leads to the machine itself, whoever resolves it."""
+    host = host.lower()
+    try:
+        return host == "localhost" or host.endswith(".localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def refuse(
+    send: Send, status: int, message: str, code: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    """An error in OpenAI's form."""
+    error = json.dumps(failure(message, "invalid_request_error", code)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(error)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": error})

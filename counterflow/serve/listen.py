@@ -1,7 +1,7 @@
 """The server's settings, and uvicorn with them: it listens, and ends what is under way before it stops."""
 
-import ipaddress
 import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -9,6 +9,11 @@ import uvicorn
 
 from counterflow.errors import ConfigError
 from counterflow.serve.app import Service, application
+from counterflow.serve.guard import is_loopback
+from counterflow.serve.receive import receiving
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s*]+|null")
+"""A web page's origin."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,28 @@ class ServerSettings:
     max_body_bytes: int = 2**20
     grace_s: int = 30
     """How long texts under way may go on once the server is told to stop."""
+    receive_s: float = 30
+    """How long a request may take to arrive whole."""
+    origins: tuple[str, ...] = ()
+    """Web pages' origins that may ask, such as https://chat.example; * for all."""
 
     def __post_init__(self) -> None:
-        if not self.api_key and not _is_loopback(self.host):
+        if not self.api_key and not is_loopback(self.host):
             raise ConfigError(
                 f"host is {self.host} and there is no API key; whoever reaches that address could use the model: "
                 "set an API key, or listen on 127.0.0.1."
             )
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}; it must lie between 0 (any) and 65535.")
-        for name in ("max_queue", "max_body_bytes", "grace_s"):
-            if getattr(self, name) < 1:
+        for name in ("max_queue", "max_body_bytes", "grace_s", "receive_s"):
+            if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allow_origin is '{origin}'; it must be as browsers send it, such as https://chat.example or "
+                    "http://localhost:3000, or *."
+                )
 
 
 def listening(settings: ServerSettings) -> socket.socket:
@@ -53,7 +68,8 @@ def listening(settings: ServerSettings) -> socket.socket:
 def server(service: Service, settings: ServerSettings) -> uvicorn.Server:
     """The server, to `run` on sockets that listen; SIGINT, SIGTERM and a failed engine end it gracefully."""
     config = uvicorn.Config(
-        application(service, settings.api_key, settings.max_body_bytes),
+        application(service, settings.api_key, settings.max_body_bytes, settings.origins),
+        http=receiving(settings.receive_s),
         log_level="warning",
         timeout_graceful_shutdown=settings.grace_s,
     )
@@ -64,10 +80,3 @@ def server(service: Service, settings: ServerSettings) -> uvicorn.Server:
 
     service.when_failed = end
     return web
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -34,12 +34,14 @@ class Reached:
 
     port: int
 
-    def ask(self, path: str, body=None, headers=None, raw: bytes | None = None) -> tuple[int, bytes]:
+    def ask(
+        self, path: str, body=None, headers=None, raw: bytes | None = None, method: str = ""
+    ) -> tuple[int, bytes]:
         """Status and body; a POST if there is one to send."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = raw if raw is not None else None if body is None else json.dumps(body).encode()
         sent = {"Content-Type": "application/json"} | (headers or {})
-        connection.request("GET" if data is None else "POST", path, data, sent)
+        connection.request(method or ("GET" if data is None else "POST"), path, data, sent)
         answer = connection.getresponse()
         found = answer.status, answer.read()
         connection.close()

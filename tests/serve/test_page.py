@@ -91,6 +91,6 @@ def test_the_page_shows_errors_and_sends_the_key(page, tokenizer):
         asked(page, key="secret")
         assert page.wait(f"{RESTING} && {SAID}.includes('tokens/s') && {SAID}").startswith("3 tokens in ")
         asked(page, text="a" * 4000)
-        page.wait(f"{RESTING} && {SAID}.includes('positions') && {SAID}")
+        page.wait(f"{RESTING} && {SAID}.includes('context length') && {SAID}")
     # Of the answers with an error, and of nothing else, the console says so by itself.
     assert len(page.troubles()) == 2 and all("status of 40" in each for each in page.troubles())

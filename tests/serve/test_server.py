@@ -5,6 +5,7 @@ import json
 import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from time import sleep
 
 import openai
@@ -218,18 +219,70 @@ def test_malformed_requests_get_an_error_in_openais_form(toy, body):
         assert error["message"] and error["type"] == "invalid_request_error"
 
 
-def test_errors_name_what_was_wrong(client, toy):
-    with pytest.raises(openai.NotFoundError, match="this server has 'toy'"):
-        client.completions.create(model="gpt-4", prompt="a")
-    with pytest.raises(openai.BadRequestError, match="max_tokens is -1; it must be at least 0"):
-        client.completions.create(model="toy", prompt="a", max_tokens=-1)
-    with pytest.raises(openai.BadRequestError, match=r"context length is 257 .* Ask for 255 tokens at most"):
-        client.completions.create(model="toy", prompt=[5, 6], max_tokens=100_000)
-    with pytest.raises(openai.BadRequestError, match="role is 'dog'"):
-        client.chat.completions.create(model="toy", messages=[{"role": "dog", "content": "wuff"}])
-    assert toy.ask("/v1/nothing")[0] == 404 and toy.ask("/v1/completions")[0] == 405
-    assert json.loads(toy.ask("/v1/nothing")[1])["error"]["type"] == "invalid_request_error"
-    assert [model.id for model in client.models.list()] == ["toy"]
+def error_of(answer: tuple[int, bytes]) -> tuple[int, str | None, str | None, str]:
+    """(status, code, field, message) of an answer in OpenAI's form."""
+    error = json.loads(answer[1])["error"]
+    assert error["type"] == "invalid_request_error"
+    return answer[0], error["code"], error["param"], error["message"]
+
+
+COMPLETE, CHAT = (
+    {"model": "toy", "prompt": "a"},
+    {"model": "toy", "messages": [{"role": "user", "content": "a"}]},
+)
+CODES = [
+    (COMPLETE | {"model": "gpt-4"}, 404, "model_not_found", "model", "this server has 'toy'"),
+    (COMPLETE | {"max_tokens": -1}, 400, "invalid_value", "max_tokens", "max_tokens is -1; it must be at least 0"),
+    (COMPLETE | {"n": 0}, 400, "integer_below_min_value", "n", "n is 0; input should be greater than or equal to 1"),
+    (COMPLETE | {"prompt": [5] * 300}, 400, "context_length_exceeded", "prompt", "context length is 256 tokens; "),
+    (COMPLETE | {"max_tokens": 1000}, 400, "context_length_exceeded", "prompt", "Ask for 255 tokens at most"),
+    (CHAT | {"messages": [{"role": "user", "content": "x y " * 300}]}, 400, "context_length_exceeded", "messages", ""),
+    (COMPLETE | {"max_tokns": 5}, 400, "unknown_parameter", "max_tokns", "'max_tokns' is not known here"),
+    ({"model": "toy"}, 400, "missing_required_parameter", "prompt", "'prompt' is missing"),
+    (COMPLETE | {"max_tokens": "5"}, 400, "invalid_type", "max_tokens", "max_tokens is '5'; input should be"),
+    (CHAT | {"messages": []}, 400, "empty_array", "messages", "messages is []"),
+    (CHAT | {"messages": [{"role": "dog", "content": "a"}]}, 400, "invalid_value", "messages", "role is 'dog'"),
+    (CHAT | {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, 400, "invalid_type",
+     "messages.0.content.0.text", "is 5; input should be a valid string"),
+    (CHAT | {"tools": [{"type": "function"}]}, 400, "unsupported_value", "tools", "not supported: leave it out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "code", "field", "says"), CODES, ids=[case[2] for case in CODES])
+def test_errors_have_openais_codes_and_name_what_was_wrong(toy, body, status, code, field, says):
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    *found, message = error_of(toy.ask(path, body))
+    assert found == [status, code, field] and says in message
+
+
+def test_errors_of_what_is_no_request(toy):
+    for raw, says in (
+        (b'{"model": ', "not JSON (Expecting value, at character 10)"),
+        (b"\xff", "0xff"),
+        (b"[]", "object"),
+    ):
+        status, _, field, message = error_of(toy.ask("/v1/completions", raw=raw))
+        assert status == 400 and field is None and says in message, message
+    assert error_of(toy.ask("/v1/nothing"))[:2] == (404, "unknown_url")
+    assert error_of(toy.ask("/v1/completions"))[:2] == (405, "method_not_supported")
+    assert error_of(toy.ask("/v1/models/other"))[:2] == (404, "model_not_found")
+
+
+def test_reading_routes_answer_a_probe_by_head(toy):
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/toy", "/"):
+        assert toy.ask(path, method="HEAD") == (200, b"")
+    assert toy.ask("/v1/models/other", method="HEAD")[0] == 404
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example:8000", "192.168.0.3", "localhost.evil.example", "[::2]:80", ""]
+)
+def test_without_a_key_loopbacks_names_alone_are_answered(toy, host):
+    """A web page may have its own name lead to this machine."""
+    status, code, *_ = error_of(toy.ask("/v1/models", headers={"Host": host}))
+    assert (status, code) == (403, "host_not_allowed")
+    for own in (f"localhost:{toy.port}", "LocalHost", "[::1]:80", "127.0.0.3", "chat.localhost:3"):
+        assert toy.ask("/v1/models", headers={"Host": own})[0] == 200
 
 
 def test_a_storm_of_requests_good_and_bad_loses_none(toy):
@@ -257,7 +310,7 @@ def test_a_client_that_goes_away_ends_its_text(toy):
     for stream in (True, False):
         raw = body if stream else body.replace(b'"stream": true', b'"stream": false')
         with socket.create_connection(("127.0.0.1", toy.port)) as connection:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
             if stream:
                 connection.recv(100)
@@ -301,6 +354,70 @@ def test_the_key_the_limits_and_a_graceful_stop(tokenizer):
     last.close()
 
 
+def test_the_server_describes_itself(toy):
+    status, body = toy.ask("/openapi.json")
+    found = json.loads(body)
+    asked = found["components"]["schemas"]["ChatAsked"]
+    assert status == 200 and asked["properties"]["model"]["enum"] == ["toy"]
+    assert {"type": "null"} in asked["properties"]["tools"]["anyOf"] and asked["required"] == [
+        "model",
+        "messages",
+    ]
+    answers = found["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "401", "404", "413", "429", "503"}
+
+
+def test_pages_of_allowed_origins_may_ask_with_a_key_and_others_may_not(tokenizer):
+    with running(tokenizer, api_key="secret", origins=("https://chat.example",)) as server:
+        for origin, allowed in (("https://chat.example", True), ("https://evil.example", False)):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            asks = {
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization",
+            }
+            connection.request(
+                "OPTIONS", "/v1/completions", headers={"Origin": origin, "Host": "x.example"} | asks
+            )
+            answer = connection.getresponse()
+            assert (answer.status == 200) == allowed and answer.read() is not None
+            assert answer.headers["Access-Control-Allow-Origin"] == (origin if allowed else None)
+            key = {"Authorization": "Bearer secret", "Origin": origin}
+            for headers, status in ((key, 200), ({"Origin": origin}, 401)):  # a page reads errors too
+                connection.request("GET", "/v1/models", headers=headers)
+                answer = connection.getresponse()
+                assert answer.status == status and answer.read()
+                assert answer.headers["Access-Control-Allow-Origin"] == (origin if allowed else None)
+            connection.close()
+
+
+HALVES = (
+    b"",
+    b"POST /v1/comp",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{",
+)
+
+
+def test_half_a_request_is_ended_and_holds_no_server_that_stops(tokenizer, capsys):
+    with running(tokenizer, receive_s=1) as server:
+        with ExitStack() as stack:
+            slow = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in HALVES]
+            for connection, half in zip(slow, HALVES):
+                connection.sendall(half)
+            # An answer may take longer than a request.
+            body = {"model": "toy", "prompt": "a", "max_tokens": 250, "stream": True}
+            assert server.ask("/v1/completions", body)[1].endswith(b"[DONE]\n\n")
+            for connection in slow:
+                connection.settimeout(20)
+                said = connection.makefile("rb").read()
+                assert said.startswith(b"HTTP/1.1 408") and b"request_timeout" in said
+        last = socket.create_connection(("127.0.0.1", server.port))
+        last.sendall(HALVES[-1])
+        assert server.ask("/health")[0] == 200
+    assert last.recv(9) == b"", "the server has ended without waiting for the rest"
+    last.close()
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_failed_engine_says_so_to_everybody_and_the_server_ends(tokenizer, monkeypatch):
     with running(tokenizer) as server, ThreadPoolExecutor(4) as pool:
 
@@ -324,6 +441,8 @@ def test_a_failed_engine_says_so_to_everybody_and_the_server_ends(tokenizer, mon
         ({"host": "example.org"}, "no API key"),
         ({"port": 70000}, "port is 70000"),
         ({"max_queue": 0}, "max_queue is 0"),
+        ({"receive_s": 0}, "receive_s is 0"),
+        ({"origins": ("chat.example",)}, "allow_origin is 'chat.example'; it must be as browsers send it"),
     ],
 )
 def test_unsafe_settings_are_refused(wrong, says):
