@@ -4,12 +4,14 @@ It takes the words of `counterflow train`. Under torchrun or srun each process m
 made puts all together; a process that was killed leaves what it had, and the next one goes on from there.
 """
 
+import sys
 from collections.abc import Sequence
 from os.path import expanduser
 
 from counterflow.cli.train import split
 from counterflow.config.load import load_run
 from counterflow.config.runs import RUNS
+from counterflow.progress import say
 from counterflow.units import count
 
 HELP = """usage: counterflow data [RUN] [KEY=VALUE | --KEY VALUE ...]
@@ -28,10 +30,14 @@ def run(arguments: Sequence[str]) -> int:
     if wants_help:
         print(HELP.format(runs=", ".join(RUNS)), end="")
         return 0
+    from counterflow.data.files import skipped
     from counterflow.data.loader import Samples, tokenise_share
     from counterflow.train.environment import place_here
 
     place, size = place_here(), config.model.vocab_size
+    if not place or place.rank == 0:
+        for line in filter(None, map(skipped, config.data.sources)):
+            say(f"counterflow: {line}", sys.stderr)
     if place and not tokenise_share(config.data, size, (place.rank, place.processes), quiet=place.rank > 0):
         print(f"Rank {place.rank} of {place.processes} has made its share.", flush=True)
         return 0

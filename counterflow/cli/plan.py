@@ -239,6 +239,6 @@ def _numbers(found: Any) -> tuple[float, ...]:
 def read_json(name: str) -> Any:
     """What a JSON file holds.   Fails: ConfigError."""
     try:
-        return json.loads(Path(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(Path(name).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"'{name}' cannot be read as JSON ({error}).") from None

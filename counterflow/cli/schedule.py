@@ -188,7 +188,7 @@ def _from_rule(name: str, wish: Wish, several: bool) -> Schedule:
 
 def _from_file(name: str) -> Schedule:
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the schedule '{name}' cannot be read ({error}).") from None
     try:
@@ -325,7 +325,7 @@ def _measured(folder: Path) -> list[Span] | None:
         raise ConfigError(f"--run is '{folder}', which is no folder; give a run's, such as runs/tiny.")
     path = folder / "trace.json"
     try:
-        return trace.read(path.read_text(encoding="utf-8")) if path.exists() else None
+        return trace.read(path.read_text(encoding="utf-8-sig")) if path.exists() else None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}).") from None
     except ScheduleError as error:

@@ -159,7 +159,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
 
 
@@ -174,7 +174,7 @@ def _value(text: str) -> Any:
         return text.lower() == "true"
     try:
         document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
         return text
     return document["value"] if len(document) == 1 else text
 

@@ -191,11 +191,11 @@ def _index(folder: Path) -> dict[str, Any]:
                 f"{single} is no whole safetensors file ({error}); fetch it anew."
             ) from None
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8-sig"))
         if all(isinstance(file, str) for file in index["weight_map"].values()):
             return index
         found = "its weight_map holds no file names"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         found = str(error) or type(error).__name__
     raise CheckpointError(f"{path} is no index of shards ({found}); fetch it anew.")
 

@@ -14,52 +14,23 @@ document is held out.
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from glob import glob, has_magic
 from hashlib import blake2b
-from os.path import expanduser
-from pathlib import Path, PurePath, PurePosixPath
-from sysconfig import get_path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from counterflow.config.run import Source
 from counterflow.data.cache import build_once, key_of
-from counterflow.data.lines import MARK, decoded, rows
+from counterflow.data.files import LINES, TEXT, files, form
+from counterflow.data.lines import decoded, opened, rows
 from counterflow.errors import DataError, nearest
 from counterflow.progress import watched
 
-STDLIB = "python-stdlib"
-STDLIB_LEFT_OUT = frozenset(
-    (
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "ensurepip",
-        "__pycache__",
-    )
-)
-STDLIB_TABLES = frozenset(
-    (
-        "encodings",
-        "pydoc_data",
-        "html/entities.py",
-        "re/_casefix.py",
-        "stringprep.py",
-        "locale.py",
-        "_compat_pickle.py",
-        "curses/has_key.py",
-    )
-)
-"""Folders and files that are mostly literals: a sixth of the library's bytes, and next to no code."""
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TEXT, ROWS = (".txt", ".md", ".py"), (".jsonl", ".parquet")
 VERSION = 1
-"""Raised when the same files would give other documents or another split."""
+"""Raised when the same texts would give another split."""
+SURVEYS = 2
+"""Raised when the same files would give other documents."""
 
 
 class Document(NamedTuple):
@@ -136,7 +107,7 @@ def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
 def survey_folder(source: Source, share: float, cache: Path) -> Path:
     """Where what was found in a source is kept."""
     stats = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files(source)]
-    return cache / "corpora" / key_of(VERSION, os.path.abspath(source.path), source.field, share, stats)
+    return cache / "corpora" / key_of(SURVEYS, os.path.abspath(source.path), source.field, share, stats)
 
 
 def survey(source: Source, share: float) -> Survey:
@@ -188,79 +159,13 @@ def documents(source: Source) -> Iterator[Document]:
                 ) from error
 
 
-def files(source: Source) -> list[tuple[str, Path]]:
-    """(name relative to the source, file), sorted by name."""
-    if source.path == STDLIB:
-        return _stdlib()
-    path = Path(expanduser(source.path))
-    if path.is_file():
-        if path.suffix not in TEXT + ROWS:
-            raise DataError(
-                f"{path} is not text that is known here; files must end in {_suffixes()}: rename it."
-            )
-        return [(path.name, path)]
-    if path.is_dir():
-        found = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if _usable(p.relative_to(path))]
-    elif has_magic(source.path):
-        found = [
-            (Path(p).as_posix(), Path(p)) for p in glob(str(path), recursive=True) if _usable(Path(p).name)
-        ]
-    else:
-        raise DataError(
-            f"source '{source.path}' is not there; data.sources must name files, folders or globs, or "
-            f"'{STDLIB}': {_near(path)}"
-        )
-    found = sorted((name, p) for name, p in found if p.is_file())
-    if not found:
-        raise DataError(
-            f"source '{source.path}' has no file that ends in {_suffixes()}; at least one is needed. Point "
-            "it at the folder or files that hold the text."
-        )
-    return found
-
-
-def _stdlib() -> list[tuple[str, Path]]:
-    root = Path(get_path("stdlib"))
-    found = []
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        built_here = name.parts[0].startswith(("config-", "_sysconfigdata", "_sysconfig_vars"))
-        table = STDLIB_TABLES.intersection((name.parts[0], name.as_posix()))
-        if not built_here and not table and not STDLIB_LEFT_OUT.intersection(name.parts):
-            found.append((name.as_posix(), path))
-    if not found:
-        raise DataError(
-            f"this Python keeps no .py files in {root}; '{STDLIB}' needs an unzipped standard library. Give "
-            "your own text with data.sources."
-        )
-    return sorted(found)
-
-
-def _usable(name: str | Path) -> bool:
-    """A known suffix, and in no hidden or cache folder."""
-    parts = PurePosixPath(name).parts
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-    return not hidden and PurePosixPath(name).suffix in TEXT + ROWS
-
-
-def _suffixes() -> str:
-    return ", ".join(TEXT + ROWS)
-
-
-def _near(path: Path) -> str:
-    if HUB_NAME.fullmatch(str(path)) and path.suffix not in TEXT + ROWS and not path.parent.is_dir():
-        return "data sets of the Hugging Face hub are not read by name: save its files in a folder first."
-    there = path.parent.iterdir() if path.parent.is_dir() else ()
-    beside = [p.name for p in there if not p.name.startswith(".")]
-    return nearest(path.name, beside) if beside else f"there is no folder {path.parent} either."
-
-
 def _texts(name: str, path: Path, field: str) -> Iterator[tuple[str, str]]:
     """(where, text) of one file."""
     try:
-        if path.suffix in TEXT:
-            yield name, decoded(path.read_bytes().removeprefix(MARK), str(path), 0)
-        elif path.suffix == ".jsonl":
+        if form(path) in TEXT:
+            with opened(path) as file:
+                yield name, decoded(file.read(), str(path), 0)
+        elif form(path) == LINES:
             yield from _jsonl(name, path, field)
         else:
             yield from _parquet(name, path, field)

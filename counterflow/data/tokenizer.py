@@ -11,7 +11,6 @@ Not done: the report splits tokens of punctuation and line breaks at random in t
 state.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -274,7 +273,7 @@ def _read(path: Path, otherwise: str) -> Bpe:
     if not path.is_file():
         raise DataError(f"tokenizer {path} is not there; {otherwise}.")
     try:
-        return Bpe.from_file(os.fspath(path))
+        return Bpe.from_str(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(
             f"{path} is no tokenizer.json ({error}); delete it if it lies in data.cache_dir (it is learnt "

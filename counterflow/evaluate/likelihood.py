@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from counterflow.config.run import Source
-from counterflow.data.corpus import documents, files
+from counterflow.data.corpus import documents
+from counterflow.data.files import files
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
 from counterflow.kernels.head import token_blocks

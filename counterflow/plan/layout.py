@@ -38,7 +38,7 @@ def _made(parallel: Parallel, microbatches: int) -> Schedule:
         return SCHEDULES[name](parallel.pipeline, microbatches, per_rank)
     if name.endswith((".txt", ".csv")):
         try:
-            text = Path(expanduser(name)).read_text(encoding="utf-8")
+            text = Path(expanduser(name)).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"parallel.schedule is '{name}', which cannot be read ({error}).") from None
         return from_csv(text, Path(name).stem) if name.endswith(".csv") else from_text(text)

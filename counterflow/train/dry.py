@@ -10,7 +10,8 @@ from pathlib import Path
 
 from counterflow.config.load import to_toml
 from counterflow.config.run import RunConfig
-from counterflow.data.corpus import documents, files, open_corpus, survey_folder
+from counterflow.data.corpus import documents, open_corpus, survey_folder
+from counterflow.data.files import files, skipped
 from counterflow.data.shards import PARTS, made_from, shards_folder
 from counterflow.data.tokenizer import learnt_folder, load, require_tokenizer
 from counterflow.plan.cost import Costs
@@ -178,6 +179,8 @@ def _text(run: RunConfig) -> Iterator[str]:
     for source in run.data.sources:
         found = files(source)
         size = sum(path.stat().st_size for _, path in found)
+        if left := skipped(source):
+            yield f"  {left}"
         yield f"  {source.path}: {len(found)} files, {bytes_(size)}, which begin:"
         yield _quoted(next((document.text for document in documents(source)), ""))
 

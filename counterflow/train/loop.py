@@ -21,7 +21,7 @@ import torch
 from counterflow.comm.mesh import Mesh, device_for, precision_for
 from counterflow.config.load import to_toml
 from counterflow.config.run import RunConfig
-from counterflow.data.corpus import STDLIB
+from counterflow.data.files import STDLIB, skipped
 from counterflow.data.loader import Samples, open_text, tokenise_share
 from counterflow.errors import CheckpointError, CounterflowError
 from counterflow.interrupt import STOPS, stop_signals
@@ -107,6 +107,10 @@ def start_from(run: RunConfig, step: int, checkpoints: Checkpoints) -> None:
 def open_samples(run: RunConfig, mesh: Mesh) -> Samples:
     """The run's text: read through by the first rank, tokenised by all in shares, checked by each."""
     data, size, opened = run.data, run.model.vocab_size, list[Samples]()
+
+    if mesh.first:
+        for line in filter(None, map(skipped, data.sources)):
+            say(f"counterflow: {line}", sys.stderr)
 
     def read_through() -> None:
         open_text(data, size)

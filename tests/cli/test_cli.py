@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +158,34 @@ def test_a_terminal_without_a_character_gets_another(monkeypatch, words, encodin
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, write_through=True))
     assert main(words) == 0
     assert out.getvalue().decode(encoding)
+
+
+def test_a_byte_order_mark_is_no_part_of_any_file_that_is_read(tmp_path, capsys):
+    """As spreadsheets and editors write it: a schedule as text and as a table, and loads of experts."""
+    schedule = ["schedule", "1f1b", "--ranks=2", "--microbatches=4"]
+    assert main([*schedule, "--text"]) == 0
+    (tmp_path / "s.txt").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert main([*schedule, "--csv", str(tmp_path / "s.csv")]) == 0
+    (tmp_path / "loads.json").write_text("[4, 1, 1, 2]")
+    for words in (
+        ["schedule", str(tmp_path / "s.txt")],
+        ["schedule", str(tmp_path / "s.csv")],
+        ["plan", "--place", str(tmp_path / "loads.json"), "--gpus=2", "--slots=6"],
+    ):
+        capsys.readouterr()
+        assert main(words) == 0
+        plain, path = capsys.readouterr().out, next(Path(word) for word in words if word.startswith("/"))
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert main(words) == 0 and capsys.readouterr().out == plain
+
+
+@pytest.mark.parametrize("content", ["[" * 5000, "9" * 5000])
+def test_deep_nesting_and_huge_numbers_are_one_line(tmp_path, capsys, content):
+    for name, words in (
+        ("loads.json", ["plan", "--place"]),
+        ("run.toml", ["train"]),
+        ("hardware.toml", ["plan", "tiny", "--gpus=1", "--hardware"]),
+    ):
+        (tmp_path / name).write_text(f"a = {content}" if name.endswith("toml") else content)
+        assert main([*words, str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

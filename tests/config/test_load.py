@@ -14,7 +14,7 @@ from counterflow.config.model import Yarn
 from counterflow.config.models import MODELS
 from counterflow.config.run import RunConfig, Source
 from counterflow.config.runs import RUNS
-from counterflow.data.corpus import files
+from counterflow.data.files import files
 from counterflow.errors import ConfigError
 from counterflow.plan.layout import schedule_of
 from counterflow.schedule import SCHEDULES

@@ -1,8 +1,10 @@
 """Documents of every kind of file, the split, and what a user is told when there is no text."""
 
 import builtins
+import gzip
 import json
 import re
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from counterflow.config.run import Source
-from counterflow.data.corpus import documents, files, is_held_out, open_corpus
+from counterflow.data.corpus import documents, is_held_out, open_corpus
+from counterflow.data.files import files, skipped
 from counterflow.errors import DataError
 from tests.data.texts import folder
 
@@ -165,9 +168,60 @@ def test_unreadable_file_and_damaged_survey(tmp_path: Path, monkeypatch) -> None
     with pytest.raises(DataError, match=r"is damaged .* delete that folder"):
         opened(path, tmp_path)
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("counterflow.data.corpus.opened", refuse)
     with pytest.raises(DataError, match=r"cannot read .*Permission denied"):
         list(documents(Source(str(path))))
+
+
+def test_a_folder_and_its_glob_are_the_same_files_each_once(tmp_path: Path) -> None:
+    """Links to folders and files are followed, loops end, endings in capitals and packed files are read."""
+    root, other = tmp_path / "texts", tmp_path / "other"
+    for path, text in ((root / "a.txt", "a"), (root / "sub" / "b.TXT", "b"), (other / "in" / "c.txt", "c")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (root / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "d"}'))
+    (root / "e.JSONL").write_text('{"text": "e"}')
+    (root / "f.md.Gz").write_bytes(gzip.compress(b"f"))
+    (root / "linked").symlink_to(other)
+    (root / "sub" / "up").symlink_to(root)
+    (root / "aa.txt").symlink_to(root / "a.txt")
+    (other / "in" / "in").symlink_to(other)
+    (root / "gone.txt").symlink_to(tmp_path / "nowhere")
+    for name in ("x.png", "y.png", "readme", "z.parquet.gz"):
+        (root / name).touch()
+    whole = [(document.name, document.text) for document in documents(Source(str(root)))]
+    names = ["a.txt", "d.jsonl.gz:1", "e.JSONL:1", "f.md.Gz", "linked/in/c.txt", "sub/b.TXT"]
+    assert whole == list(zip(names, "adefcb"))
+    globbed = [document.text for document in documents(Source(f"{root}/**/*"))]
+    assert globbed == [text for _, text in whole]
+    assert [document.text for document in documents(Source(f"{root}/**/*.txt"))] == ["a", "c"]
+    said = "not read are .png (2), broken links (1), no ending (1), .gz (1), links to what is read (1)."
+    assert said in skipped(Source(str(root)))
+    assert skipped(Source(str(root / "a.txt"))) == skipped(Source()) == ""
+
+
+def test_a_packed_file_needs_what_unpacks_it(tmp_path: Path, monkeypatch) -> None:
+    text = "\n".join(f"line {number}" for number in range(9999))
+    for name, raw in (("a.txt.zst", text.encode()), ("b.jsonl.zst", json.dumps({"text": text}).encode())):
+        with pyarrow.output_stream(str(tmp_path / name), compression="zstd") as file:
+            file.write(raw)
+    assert [document.text for document in documents(Source(str(tmp_path)))] == [text, text]
+    (tmp_path / "a.txt.zst").write_bytes(b"no such thing")
+    with pytest.raises(DataError, match=r"cannot read .*a\.txt\.zst"):
+        list(documents(Source(str(tmp_path))))
+    (tmp_path / "a.txt.gz").write_bytes(b"no such thing")
+    with pytest.raises(DataError, match=r"a\.txt\.gz is no whole gzip file"):
+        list(documents(Source(str(tmp_path / "a.txt.gz"))))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"a\.txt\.zst is packed with zstd, which pyarrow unpacks"):
+        list(documents(Source(str(tmp_path / "a.txt.zst"))))
+
+
+def test_a_byte_order_mark_at_a_files_start_is_no_text(tmp_path: Path) -> None:
+    """Files that were joined have it within; one elsewhere in a text is text."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa\ufeff".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "b"}\n\ufeff{"text": "\ufeffc"}\n'.encode())
+    assert [document.text for document in documents(Source(str(tmp_path)))] == ["a\ufeff", "b", "\ufeffc"]
