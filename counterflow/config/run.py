@@ -23,7 +23,7 @@ RESUMES = ("auto", "must", "never")
 
 @dataclass(frozen=True)
 class Source:
-    """One source of text: a file, folder or glob of .txt, .md, .py, .jsonl (or packed), .parquet, or 'python-stdlib'."""
+    """A source of text: a file, folder or glob of .txt, .md, .py, .jsonl (or packed), .parquet, or 'python-stdlib'."""
 
     path: str = "python-stdlib"
     weight: float = 1.0
