@@ -79,7 +79,7 @@ def changes(before: RunConfig, run: RunConfig, folder: Path, step: int) -> list[
     found = [Change(step, *values) for values in _differences(before, run)]
     refused = [str(change) for change in found if not _listed(change.setting, TAKEN_UP)]
     if refused:
-        length = any(text.startswith(("train.minutes", "train.steps")) for text in refused)
+        length = any(text.startswith("train.minutes") for text in refused)
         raise ConfigError(
             f"{folder} holds a run with other settings: {'; '.join(refused[:3])}. "
             + ("Give another length as train.tokens=..., choose" if length else "Choose")
@@ -90,10 +90,18 @@ def changes(before: RunConfig, run: RunConfig, folder: Path, step: int) -> list[
 
 
 def recorded(folder: Path) -> list[Change]:
-    """The changes that a run's run.toml keeps."""
+    """The changes that a run's run.toml keeps.   Fails: ConfigError where they are not as they were written."""
     path = folder / RUN_TOML
     kept = tomllib.loads(path.read_text("utf-8")).get(CHANGES, []) if path.is_file() else []
-    return [Change(row["step"], row["setting"], row["was"], row["now"]) for row in kept]
+    try:
+        found = [Change(**row) for row in kept]
+        if all(list(map(type, change)) == [int, str, str, str] for change in found):
+            return found
+    except TypeError:
+        pass
+    raise ConfigError(
+        f"{path} has {CHANGES} that are not as they were written; correct them, or delete those tables."
+    )
 
 
 def together(earlier: Sequence[Change], new: Sequence[Change], step: int) -> list[Change]:

@@ -190,9 +190,8 @@ def introduce(trainer: Trainer, folder: Path, step: int) -> None:
         f"{run.train.precision} on {where}, {count(tokens)} tokens ({tokens / samples.train_tokens:.2g} times the "
         f"corpus) in {step + left} steps{f', from step {step}' if step else ''}; {folder}/"
     )
-    for change in recorded(folder):
-        if step and change.step == step:
-            say(f"counterflow: from step {step} on {change}.", sys.stderr)
+    if changed := "; ".join(str(change) for change in recorded(folder) if step and change.step == step):
+        say(f"counterflow: from step {step} on {changed}.", sys.stderr)
 
 
 def loop(trainer: Trainer, folder: Path, checkpoints: Checkpoints, state: Mapping[str, Any]) -> int:
