@@ -15,6 +15,7 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,16 @@ FIRST = re.compile(rb'\{"step": (\d+)[,}]')
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The steps a run's folder holds, read one by one; a last line torn by a kill is left out."""
+    """The steps a run's folder holds, read one by one; lines torn by a kill, or damaged, are left out."""
     path = folder / METRICS
     if not path.is_file():
         return
     with path.open("rb") as lines:
         for line in lines:
-            try:
+            with suppress(ValueError):
                 row = json.loads(line)
-            except ValueError:
-                break
-            yield row
+                if isinstance(row, dict) and {"step", "tokens"} <= row.keys():
+                    yield row
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -84,16 +84,17 @@ def load_every(numbers: int, steps: int) -> int:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Cut a metrics.jsonl behind the line of a step, and before a torn one. It is read through and not rewritten."""
+    """Cut a metrics.jsonl behind the line of a step, torn ones too. It is read through and not rewritten."""
     if not path.is_file():
         return
-    end = 0
+    end = place = 0
     with path.open("rb") as lines:
         for line in lines:
-            number = FIRST.match(line)
-            if not number or int(number[1]) > step or not line.endswith(b"}\n"):
+            number, place = FIRST.match(line), place + len(line)
+            if number and int(number[1]) > step:
                 break
-            end += len(line)
+            if number and line.endswith(b"}\n"):
+                end = place
     os.truncate(path, end)
 
 

@@ -94,6 +94,20 @@ def test_resuming_drops_a_torn_line(tmp_path: Path, torn: str) -> None:
     assert read(tmp_path) == [step_values(step) for step in (1, 2, 3, 4)]
 
 
+def test_a_damaged_line_is_left_out_and_costs_no_other(tmp_path: Path) -> None:
+    write(tmp_path, 1, 5)
+    path = tmp_path / METRICS
+    lines = path.read_bytes().split(b"\n")
+    for number, damaged in (
+        (1, lines[1][:-1]),
+        (2, lines[2].replace(b"tokens", b"tokenz")),
+        (3, b"x" + lines[3]),
+    ):
+        path.write_bytes(b"\n".join([*lines[:number], damaged, *lines[number + 1 :]]))
+        write(tmp_path, 6, 6)
+        assert [row["step"] for row in read(tmp_path)] == [step for step in range(1, 7) if step != number + 1]
+
+
 def test_a_new_run_starts_with_an_empty_file(tmp_path: Path) -> None:
     write(tmp_path, 1, 3)
     Metrics(tmp_path, 0).close()
