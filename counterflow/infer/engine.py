@@ -228,7 +228,9 @@ class Engine:
         if made.tokens or finish:
             delta = replace(delta, prompt_logprobs=self._prompt(sequence))
         if finish:
-            delta = replace(delta, text=text + stream.end(), finish=finish)
+            rest = stream.end()
+            finish = "stop" if stream.stopped else finish  # a stop string may end in what was held back
+            delta = replace(delta, text=text + rest, finish=finish)
             self._end(sequence, finish)
         return delta
 

@@ -134,6 +134,14 @@ def test_stop_tokens_and_stop_strings_end_a_text_wherever_they_come(drafts):
         assert engine.blocks.available == engine.blocks.num_blocks
 
 
+def test_a_stop_string_that_ends_in_what_is_held_back_is_why_a_text_ends():
+    """Half a character at a text's end, and a stop string of the sign that stands for it."""
+    engine = Engine(random_model(BASE), PLAIN, lambda token: b"\xf0")
+    (sequence,) = engine.add([1], replace(GREEDY, max_tokens=1, stop=("\ufffd",)))
+    (delta,) = finish(engine)[sequence][-1:]
+    assert (delta.text, delta.finish) == ("", "stop")
+
+
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_logprobs_are_the_models_own(drafts):
     """fp32 sums in another order: 1e-4 nats."""
