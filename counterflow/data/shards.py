@@ -13,6 +13,7 @@ a fraction of the time that tokenising it does.
 
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -107,6 +108,7 @@ def open_shards(made: Made, cache: Path, quiet: bool = True, shard_bytes: int = 
         finish_once(folder, growing, lambda: _finish(growing, made))
         with in_place_of(folder):
             _clear(folder)
+            shutil.rmtree(growing, ignore_errors=True)  # which a process that came late has begun again
     return load(folder)
 
 
@@ -168,7 +170,7 @@ def _are_there(growing: Path, share: tuple[int, int]) -> bool:
     """Whether a share of the shards is made, and how many there are is known."""
     try:
         shards = json.loads((growing / COUNTED).read_text())["shards"]
-    except OSError:
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return False
     return all((growing / _tokens(number)).is_file() for number in range(share[0], shards, share[1]))
 
@@ -286,7 +288,10 @@ def _finish(growing: Path, made: Made) -> None:
     """The boundaries of all documents, and the manifest."""
     counted = json.loads((growing / COUNTED).read_text())
     numbers = range(counted["shards"])
-    lengths = [np.load(growing / _lengths(number), allow_pickle=False) for number in numbers]
+    try:
+        lengths = [np.load(growing / _lengths(number), allow_pickle=False) for number in numbers]
+    except (ValueError, EOFError) as error:
+        raise DataError(f"token shards in {growing} are damaged ({error}). {_remedy(growing)}") from None
     boundaries = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
     with _whole(growing / "documents.npy") as file:
         np.save(file, boundaries, allow_pickle=False)

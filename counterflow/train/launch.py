@@ -102,24 +102,26 @@ def _join(parallel: Parallel, device: str, act: Callable[[Mesh], int]) -> int:
         with joined(parallel, device) as mesh:
             return act(mesh)
     except PeerLostError as error:
-        return _peer_lost(error, mesh.rank)
+        return _peer_lost(error)
     except CounterflowError as error:
         if error.shared and not mesh.first:
             raise SystemExit(error.exit_code) from None  # the first rank says it
         raise
     except dist.DistError as error:
-        return _peer_lost(error, mesh.rank)
+        return _peer_lost(error)
     except RuntimeError as error:
         if "onnection" not in str(error) and "gloo" not in str(error):
             raise
-        return _peer_lost(error, mesh.rank)
+        return _peer_lost(error)
 
 
-def _peer_lost(error: Exception, rank: int) -> int:
+def _peer_lost(error: Exception) -> int:
     """End this rank, which has lost another. Our own agent says why; else each rank says what it found."""
     get_error_handler().record_exception(error)
     if not os.environ.get(AGENT, "").startswith(OURS):
-        print(f"counterflow: rank {rank} lost another: {first_line(error)}", file=sys.stderr, flush=True)
+        place = place_here()
+        rank = f"rank {place.rank}" if place else "this rank"
+        print(f"counterflow: {rank} lost another: {first_line(error)}", file=sys.stderr, flush=True)
     os._exit(PEER_LOST)  # the group cannot be closed any more
 
 

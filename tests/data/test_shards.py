@@ -179,6 +179,16 @@ def test_shares_of_a_text_that_are_kept_are_those_of_one_process(made: Made, mon
     assert len(seen) == before + 1 and not growing.exists()
 
 
+def test_kept_shards_that_are_damaged_are_made_again_or_named(made: Made) -> None:
+    text = made_from(made.corpus, "train", made.tokenizer, 0.5)
+    tokenise(text, made.cache, (0, 1))
+    (growing,) = (made.cache / "shards").glob("*.growing")
+    (growing / "counted.json").write_bytes(b"{")
+    (growing / "lengths-00000.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"are damaged .* Delete the folder"):
+        made.open()
+
+
 def test_a_long_text_has_the_tokens_that_it_has_at_once(made: Made) -> None:
     long = "".join(text(seed) for seed in range(40))
     cut = list(pieces(long, 300))
