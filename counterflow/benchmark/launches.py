@@ -25,7 +25,7 @@ from counterflow.plan.eager import eager
 from counterflow.plan.job import Job, Layout
 from counterflow.plan.stages import stage_plans
 from counterflow.plan.work import Workload
-from counterflow.schedule import SCHEDULES
+from counterflow.schedule import PLAIN_LOOP, SCHEDULES
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.words import Op, Part
 
@@ -101,7 +101,7 @@ def _narrow(bench: Bench) -> tuple[Executor, Callable[[], object]]:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(bench.dtype)
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # pyright: ignore[reportAttributeAccessIssue]
-    schedule = SCHEDULES["1f1b"](1, 1)
+    schedule = SCHEDULES[PLAIN_LOOP](1, 1)
     (stage,) = schedule.held(0)
     stages = {stage: Stage(model, stage_plans(NARROW, 1)[0])}
     executor = Executor(schedule, 0, stages, LocalChannels(Links(schedule, transfers(schedule))))

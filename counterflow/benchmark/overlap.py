@@ -20,7 +20,7 @@ from counterflow.model.transformer import Transformer
 from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.stage import Pass, Stage, Sums
 from counterflow.plan.stages import stage_plans
-from counterflow.schedule import SCHEDULES
+from counterflow.schedule.dual import dualpipev
 from counterflow.schedule.simulate import makespan, simulate_ops
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.weave import lanes
@@ -84,7 +84,7 @@ def pair_seconds(unit: float, wire: float, in_turn: bool = False, layers: int = 
 
 def pair_lanes(unit: float, wire: float, layers: int = 4) -> tuple[float, float]:
     """Seconds of a pair's computation and of its transfers, each alone: the mean of all pairs of the schedule."""
-    schedule, plans = SCHEDULES["dualpipev"](1, 7), _plans(layers)
+    schedule, plans = dualpipev(1, 7), _plans(layers)
     held = {stage: plans[stage.index] for stage in schedule.held(0)}
     pairs = [lanes(cell, held) for cell in schedule.rows[0] if len(cell) > 1]
     computed = sum(len(pair[Lane.COMPUTE]) for pair in pairs) / len(pairs)
@@ -96,7 +96,7 @@ def pair_of(unit: float, wire: float, layers: int = 4) -> float:
     """What the simulator says a pair takes, from the same difference of two runs."""
     plans, spans = _plans(layers), []
     for microbatches in (5, 9):
-        schedule = SCHEDULES["dualpipev"](1, microbatches)
+        schedule = dualpipev(1, microbatches)
         held = {stage: plans[stage.index] for stage in schedule.held(0)}
         spans.append(simulate_ops(schedule, held, lambda _, op: unit if op.lane is Lane.COMPUTE else wire))
     return (makespan(spans[1]) - makespan(spans[0])) / 8
@@ -114,10 +114,10 @@ def _step_seconds(unit: float, wire: float, in_turn: bool, layers: int, microbat
     model = with_accumulators(_model(layers))
     slow = SlowWire(wire, in_turn)
     model.dispatcher = Carried(model.dispatcher, slow.carry)
-    schedule = SCHEDULES["dualpipev"](1, microbatches)
+    schedule = dualpipev(1, microbatches)
     plans = _plans(layers)
     stages = {stage: PacedStage(model, plans[stage.index], slow, unit) for stage in schedule.held(0)}
-    layout = Layout("dualpipev", 1, microbatches)
+    layout = Layout(schedule.name, 1, microbatches)
     samples = samples_of(layout, model.config, 0)[0]
     executor = Executor(schedule, 0, stages, LocalChannels(Links(schedule, transfers(schedule))))
 

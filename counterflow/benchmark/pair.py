@@ -34,7 +34,7 @@ from counterflow.pipeline.execute import Executor
 from counterflow.pipeline.record import Recorder
 from counterflow.pipeline.stage import Pass, Stage, StepSettings, Sums
 from counterflow.plan.stages import stage_plans
-from counterflow.schedule import SCHEDULES
+from counterflow.schedule.dual import dualpipev
 from counterflow.schedule.transfers import transfers
 from counterflow.schedule.weave import weave
 from counterflow.schedule.words import TRANSFERS, Op, Span
@@ -135,7 +135,7 @@ class Pairs:
         self.wish, self.mesh = wish, mesh
         self.config, self.precision = model_config(wish, mesh), precision_for("auto", mesh.device.type)
         self.model = _model(self.config, mesh, PRECISIONS[self.precision])
-        self.schedule = SCHEDULES["dualpipev"](1, wish.microbatches)
+        self.schedule = dualpipev(1, wish.microbatches)
         half = wish.layers // 2
         plans = stage_plans(self.config, 2, f"embed {half} | {half} head")
         self.stages = {stage: Stage(self.model, plans[stage.index]) for stage in self.schedule.held(0)}

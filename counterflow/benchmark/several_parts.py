@@ -22,6 +22,7 @@ from counterflow.config.load import load_run
 from counterflow.config.model import ModelConfig
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, nearest
+from counterflow.schedule import SCHEDULES
 
 PRECISIONS = ("fp32", "bf16")
 KINDS = ("equality", "steps", "dispatch")
@@ -158,7 +159,7 @@ def _timed(wish: Several, model: str, place: tuple[int, int]) -> list[Part]:
     """A model's steps in a layout, a part for every schedule that it has."""
     pipeline, expert = place
     count = wish.microbatches or max(8, 4 * pipeline)
-    schedules = [name for name in wish.schedules if pipeline > 1 or name != "dualpipe"]
+    schedules = [name for name in wish.schedules if pipeline > 1 or not SCHEDULES[name].even_ranks]
     more = [f"data.sequence_length={wish.length}"] if wish.length else []
     more += [f"train.precision={wish.precision}", f"parallel.dispatch={wish.dispatch[0]}", *wish.words]
     base, words = model, []

@@ -32,7 +32,7 @@ from counterflow.plan.report import as_json, terminal
 from counterflow.plan.routing import Routing
 from counterflow.plan.scale import curves, schedules
 from counterflow.plan.search import Pins
-from counterflow.schedule import SCHEDULES
+from counterflow.schedule.named import method
 
 SETTING = re.compile(rf"({'|'.join(settings(RunConfig))})(\.\w+)*=")
 """An override, wherever it stands among the options."""
@@ -195,12 +195,12 @@ def parse(arguments: Sequence[str]) -> Wish:
 
 def _require(wish: Wish) -> None:
     """Fails (ConfigError) where an option is impossible."""
-    for name, value, known in (
-        ("schedule", wish.pins.schedule, SCHEDULES),
-        ("recompute", wish.pins.recompute, RECOMPUTES),
-    ):
-        if value and value not in known:
-            raise ConfigError(f"--{name} is '{value}'; {nearest(value, known)}")
+    if wish.pins.schedule:
+        method(wish.pins.schedule)
+    if wish.pins.recompute and wish.pins.recompute not in RECOMPUTES:
+        raise ConfigError(
+            f"--recompute is '{wish.pins.recompute}'; {nearest(wish.pins.recompute, RECOMPUTES)}"
+        )
     for name in ("pipeline", "data", "expert", "micro_batch"):
         if getattr(wish.pins, name) < 0:
             raise ConfigError(

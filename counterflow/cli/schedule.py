@@ -2,7 +2,7 @@
 
 Everything is simulated from the costs one gives, unless `--run` brings a measured trace; no torch is imported. Beside
 others a schedule is given what the same model would give it: costs are those of one of `--ranks` stages, finer stages
-cost less in proportion, and DualPipeV, which has two stages a rank, runs on half of the ranks, as Table 2 counts.
+cost less in proportion, and a rule of two stages a rank, DualPipeV's, runs on half of the ranks, as Table 2 counts.
 """
 
 import contextlib
@@ -19,36 +19,40 @@ from typing import Annotated
 import tyro
 
 from counterflow.cli.files import write
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError, ScheduleError, nearest
-from counterflow.plan.layout import imported
 from counterflow.schedule import SCHEDULES, picture, trace
 from counterflow.schedule.check import check
-from counterflow.schedule.measure import BUBBLES, held, how_exact, idle
+from counterflow.schedule.measure import held, idle
+from counterflow.schedule.method import Method
+from counterflow.schedule.named import is_file, method
 from counterflow.schedule.simulate import Costs, makespan, simulate
 from counterflow.schedule.table2 import Row, rows, rows_of_run
-from counterflow.schedule.text import from_csv, from_text, to_csv, to_text
+from counterflow.schedule.text import to_csv, to_text
 from counterflow.schedule.words import Schedule, Span
 from counterflow.units import aligned
 
-FILES = (".csv", ".txt", ".text", ".schedule")
-FIGURE_5 = "dualpipe"
-"""What is shown where nothing is named."""
+FIGURE_5 = Parallel.schedule
+"""What is shown where nothing is named; its defaults are the report's."""
 WIDTH = 136
 """Columns where no terminal tells: Figure 5's 66 units of time get two each."""
+
+NAMES = (
+    f"{', '.join(SCHEDULES)}, a file of a schedule's text or PyTorch's .csv, or MODULE:FUNCTION; several are "
+    "compared."
+)
 
 
 @dataclass(frozen=True)
 class Wish:
     """Print, check, simulate, draw and compare pipeline schedules. The defaults are the report's Figure 5."""
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """1f1b, interleaved-1f1b, zb1p, dualpipe, dualpipev, a file of a schedule's text or PyTorch's .csv, or
-    MODULE:FUNCTION; several are compared."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help=NAMES)] = ()
     ranks: int = 8
     microbatches: int = 20
     """Of both pipes together."""
     stages_per_rank: int | None = None
-    """For interleaved-1f1b."""
+    """For a rule that leaves it open, as interleaved-1f1b does."""
     latency: float = 0.0
     """Added where a product goes to another rank, in the unit of the costs."""
     costs: Costs = field(default_factory=Costs)
@@ -73,7 +77,8 @@ class Simulated:
     """A schedule and its spans."""
 
     schedule: Schedule
-    from_rule: bool
+    on_fewer_ranks: bool
+    """Than the others, for as many stages."""
     share: float
     """How much of the stage that the costs are given for one of its stages is."""
     costs: Costs
@@ -152,49 +157,33 @@ def _require(wish: Wish) -> None:
 
 
 def _simulated(name: str, wish: Wish, several: bool) -> Simulated:
-    is_file = name not in SCHEDULES and (name.endswith(FILES) or "/" in name or Path(name).is_file())
-    schedule = check(_from_file(name) if is_file else _from_rule(name, wish, several))
-    share = wish.ranks / schedule.stages if several and not is_file else 1.0
+    row, from_rule = method(name), not is_file(name)
+    ranks, per_rank = wish.ranks, wish.stages_per_rank
+    if several and from_rule:
+        ranks, per_rank = _beside_others(name, row, wish)
+    schedule = check(row(ranks, wish.microbatches, per_rank))
+    share = wish.ranks / schedule.stages if several and from_rule else 1.0
     costs = scaled(wish.costs, share)
-    return Simulated(schedule, not is_file, share, costs, simulate(schedule, costs, wish.latency))
+    return Simulated(schedule, ranks < wish.ranks, share, costs, simulate(schedule, costs, wish.latency))
+
+
+def _beside_others(name: str, row: Method, wish: Wish) -> tuple[int, int | None]:
+    """Ranks for as many stages as the others have, and stages a rank for a rule that leaves them open."""
+    if row.choices:
+        return wish.ranks, wish.stages_per_rank
+    ranks, over = divmod(wish.ranks, row.stages_per_rank)
+    if over:
+        raise ScheduleError(
+            f"{wish.ranks} ranks; beside others {name} has as many stages on fewer ranks, {row.stages_per_rank} on "
+            f"each: take {(ranks + 1) * row.stages_per_rank}."
+        )
+    return ranks, None
 
 
 def scaled(costs: Costs, share: float) -> Costs:
     """The costs of a stage that is so much of the stage they were given for."""
     pair = None if costs.pair is None else costs.pair * share
     return Costs(costs.f * share, costs.b * share, costs.w * share, pair)
-
-
-def _from_rule(name: str, wish: Wish, several: bool) -> Schedule:
-    if ":" in name:
-        return imported(name, wish.ranks, wish.microbatches)
-    if name not in SCHEDULES:
-        raise ConfigError(
-            f"'{name}' is no schedule; {nearest(name, SCHEDULES)} A file's name ends in {', '.join(FILES)}; "
-            "a function is MODULE:FUNCTION."
-        )
-    ranks, per_rank = wish.ranks, wish.stages_per_rank
-    if several:  # what one rule alone understands is not for the others
-        per_rank = per_rank if name == "interleaved-1f1b" else None
-    if several and name == "dualpipev":
-        if ranks % 2:
-            raise ScheduleError(
-                f"{ranks} ranks; beside others DualPipeV has as many stages on half of the ranks, so their number "
-                f"must be even: take {ranks + 1}."
-            )
-        ranks //= 2
-    return SCHEDULES[name](ranks, wish.microbatches, per_rank)
-
-
-def _from_file(name: str) -> Schedule:
-    try:
-        text = Path(name).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the schedule '{name}' cannot be read ({error}).") from None
-    try:
-        return from_csv(text, Path(name).stem) if name.endswith(".csv") else from_text(text)
-    except ScheduleError as error:
-        raise ScheduleError(f"{name}: {error}") from None
 
 
 def _described(one: Simulated, wish: Wish) -> str:
@@ -214,11 +203,10 @@ def _described(one: Simulated, wish: Wish) -> str:
         f"{one.title}: makespan {_short(whole)}, of which a rank is idle {_short(mean)} on average "
         f"({_percent(mean, whole)}%), simulated with {_said(one.costs, wish.latency)}."
     )
-    if schedule.name in BUBBLES:
-        formula = _short(BUBBLES[schedule.name](schedule.stages, one.costs))
-        lines.append(
-            f"Table 2's formula gives {formula} idle: {_exactness(schedule.name, one.costs, wish.latency)}."
-        )
+    row, formula = SCHEDULES.get(schedule.name), _formula(one)
+    if row is not None and formula:
+        exact = _exactness(row, one.costs, wish.latency)
+        lines.append(f"The bubble's formula ({row.source}) gives {formula} idle: {exact}.")
     lines.append(
         "Activations are peaks in micro-batches of one stage, from F to I whole, from I to W for weights."
     )
@@ -228,12 +216,11 @@ def _described(one: Simulated, wish: Wish) -> str:
 def _compared(found: Sequence[Simulated], wish: Wish) -> str:
     """One row a schedule."""
     table = [
-        ["schedule", "ranks", "stages", "makespan", "idle", "idle %", "activations", "parameters", "Table 2"]
+        ["schedule", "ranks", "stages", "makespan", "idle", "idle %", "activations", "parameters", "formula"]
     ]
     for one in found:
         schedule, whole, waits = one.schedule, makespan(one.spans), idle(one.spans, one.schedule.ranks)
         kept = held(schedule)
-        formula = BUBBLES.get(schedule.name)
         table.append(
             [
                 schedule.name,
@@ -244,7 +231,7 @@ def _compared(found: Sequence[Simulated], wish: Wish) -> str:
                 _percent(sum(waits) / len(waits), whole),
                 _short(max(some.activations for some in kept) * one.share),
                 f"{_short(max(some.stages for some in kept) * one.share)}x",
-                "" if formula is None else _short(formula(schedule.stages, one.costs)),
+                _formula(one),
             ]
         )
     lines = [
@@ -254,14 +241,23 @@ def _compared(found: Sequence[Simulated], wish: Wish) -> str:
         f"{wish.ranks} stages.",
         "Idle is per rank; activations are the fullest rank's peak, parameters its share, both in such stages.",
     ]
-    if any(one.from_rule and one.schedule.name == "dualpipev" for one in found):
-        lines.append(
-            f"dualpipev is compared at an equal number of stages, as in Table 2: {wish.ranks} stages on "
-            f"{wish.ranks // 2} ranks, each with twice the work."
-        )
+    lines += [
+        f"{one.schedule.name} is compared at an equal number of stages, as in Table 2: {one.schedule.stages} stages on "
+        f"{one.schedule.ranks} ranks, each with {wish.ranks // one.schedule.ranks} times the work."
+        for one in found
+        if one.on_fewer_ranks
+    ]
     if any(one.share not in (1.0,) for one in found):
         lines.append("Finer stages cost less in proportion.")
     return "\n".join(lines)
+
+
+def _formula(one: Simulated) -> str:
+    """Idle time by the published formula, if there is one."""
+    row, schedule = SCHEDULES.get(one.schedule.name), one.schedule
+    if row is None or row.bubble is None:
+        return ""
+    return _short(row.bubble(schedule.ranks, schedule.stages, one.costs))
 
 
 def _print_table2(wish: Wish) -> dict[str, tuple[list[Span], int]]:
@@ -299,7 +295,7 @@ def _table2(found: Sequence[Row], costs: Costs, latency: float, measured: bool) 
         numbers = [_short(row.formula), _span_of(row.simulated)]
         if measured:
             numbers.append(_span_of(row.measured))
-        note = row.refused or _exactness(row.name, costs, latency)
+        note = row.refused or _exactness(SCHEDULES[row.name], costs, latency)
         counted = "-" if row.activations is None else str(row.activations)
         table.append(
             [
@@ -315,8 +311,8 @@ def _table2(found: Sequence[Row], costs: Costs, latency: float, measured: bool) 
     return aligned(table)
 
 
-def _exactness(name: str, costs: Costs, latency: float) -> str:
-    return how_exact(name, costs) + ("; latency 0 is assumed" if latency else "")
+def _exactness(row: Method, costs: Costs, latency: float) -> str:
+    return row.exactness(costs) + ("; latency 0 is assumed" if latency else "")
 
 
 def _measured(folder: Path) -> list[Span] | None:

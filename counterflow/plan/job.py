@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from counterflow.config.model import ModelConfig
-from counterflow.config.run import RunConfig
+from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, ScheduleError, nearest
-from counterflow.schedule import SCHEDULES
+from counterflow.schedule import PLAIN_LOOP
+from counterflow.schedule.method import Method
+from counterflow.schedule.named import made, method
 from counterflow.schedule.words import Schedule
 
 
@@ -101,7 +103,7 @@ class Layout:
     expert: int = 1
     micro_batch: int = 1
     """Sequences."""
-    schedule: str = "dualpipe"
+    schedule: str = Parallel.schedule
     stages_per_rank: int | None = None
     recompute: str = "none"
     tensor: int = 1
@@ -116,12 +118,20 @@ class Layout:
         """Of one data rank in one step."""
         return job.batch_size // (self.data * self.micro_batch)
 
+    @property
+    def name(self) -> str:
+        """Of what it runs: its schedule, or one rank's plain loop."""
+        return PLAIN_LOOP if self.pipeline == 1 else self.schedule
+
+    @property
+    def method(self) -> Method:
+        """What is known of that."""
+        return method(self.name)
+
     def rule(self, microbatches: int) -> Schedule:
-        """Its schedule; one rank has a plain loop, which is 1F1B's.   Fails: ScheduleError."""
-        name = "1f1b" if self.pipeline == 1 else self.schedule
-        return SCHEDULES[name](
-            self.pipeline, microbatches, self.stages_per_rank if name == self.schedule else None
-        )
+        """Its schedule.   Fails: ConfigError, ScheduleError."""
+        per_rank = self.stages_per_rank if self.name == self.schedule else None
+        return made(self.name, self.pipeline, microbatches, per_rank)
 
     def __str__(self) -> str:
         words = [f"PP{self.pipeline}", f"EP{self.expert}", f"DP{self.data}", f"mb{self.micro_batch}"]
@@ -159,8 +169,7 @@ def require(job: Job, layout: Layout) -> None:
         )
     if layout.recompute not in RECOMPUTES:
         raise ConfigError(f"recompute is '{layout.recompute}'; {nearest(layout.recompute, RECOMPUTES)}")
-    if layout.schedule not in SCHEDULES:
-        raise ConfigError(f"schedule is '{layout.schedule}'; {nearest(layout.schedule, SCHEDULES)}")
+    method(layout.schedule)
     if layout.recompute == "layer" and layout.pipeline > 1:
         raise ConfigError("recompute=layer needs one pipeline rank; set recompute=attention or pipeline=1.")
     try:

@@ -1,79 +1,26 @@
 """What a run's parallel settings mean: its schedule for a number of micro-batches, and which numbers it may have."""
 
-import importlib
 from dataclasses import replace
 from math import lcm
-from os.path import expanduser
-from pathlib import Path
 
 from counterflow.config.run import Parallel, RunConfig
-from counterflow.errors import ConfigError, ScheduleError, nearest
+from counterflow.errors import ConfigError, ScheduleError
 from counterflow.plan.stages import stage_plans
-from counterflow.schedule import SCHEDULES
-from counterflow.schedule.check import check
-from counterflow.schedule.text import from_csv, from_text
+from counterflow.schedule.named import checked, method
 from counterflow.schedule.words import Schedule
 
 
 def schedule_of(parallel: Parallel, microbatches: int) -> Schedule:
     """The run's schedule for so many micro-batches per data rank, checked.   Fails: ConfigError or ScheduleError."""
-    schedule = check(_made(parallel, microbatches))
-    if schedule.ranks != parallel.pipeline:
-        raise ConfigError(
-            f"parallel.schedule {parallel.schedule} has {schedule.ranks} ranks and parallel.pipeline is "
-            f"{parallel.pipeline}; make them equal."
-        )
-    if sum(schedule.microbatches) != microbatches:
-        raise ConfigError(
-            f"parallel.schedule {parallel.schedule} has {sum(schedule.microbatches)} micro-batches and a batch has "
-            f"{microbatches} per data rank; make train.batch_size / train.micro_batch_size / parallel.data equal to it "
-            "and train.batch_start 0."
-        )
-    return schedule
-
-
-def _made(parallel: Parallel, microbatches: int) -> Schedule:
-    name, per_rank = parallel.schedule, parallel.stages_per_rank or None
-    if name in SCHEDULES:
-        return SCHEDULES[name](parallel.pipeline, microbatches, per_rank)
-    if name.endswith((".txt", ".csv")):
-        try:
-            text = Path(expanduser(name)).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"parallel.schedule is '{name}', which cannot be read ({error}).") from None
-        return from_csv(text, Path(name).stem) if name.endswith(".csv") else from_text(text)
-    if ":" not in name:
-        raise ConfigError(f"parallel.schedule is '{name}'; {nearest(name, SCHEDULES)}")
-    return imported(name, parallel.pipeline, microbatches)
-
-
-def imported(name: str, ranks: int, microbatches: int) -> Schedule:
-    """The schedule that a function of the user's makes; `name` is MODULE:FUNCTION.   Fails: ConfigError."""
-    module, _, function = name.partition(":")
-    try:
-        rule = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"the schedule '{name}' cannot be imported ({error}); write MODULE:FUNCTION, with the module's folder in "
-            "PYTHONPATH."
-        ) from None
-    schedule = rule(ranks, microbatches)
-    if not isinstance(schedule, Schedule):
-        raise ConfigError(f"the schedule '{name}' gives {type(schedule).__name__}; it must give a Schedule.")
-    return schedule
+    return checked(parallel.schedule, parallel.pipeline, microbatches, parallel.stages_per_rank or None)
 
 
 def allowed_microbatches(parallel: Parallel) -> tuple[int, int]:
     """(multiple, least) that the number of micro-batches per data rank must be of, and at least."""
-    ranks = parallel.pipeline
-    if ranks == 1:
+    if parallel.pipeline == 1:
         return 1, 1
-    if parallel.schedule.endswith((".txt", ".csv")):
-        fixed = sum(_made(parallel, 0).microbatches)
-        return fixed, fixed
-    return {"dualpipe": (2, 2 * ranks), "dualpipev": (1, 2 * ranks), "interleaved-1f1b": (ranks, ranks)}.get(
-        parallel.schedule, (1, 1)
-    )
+    allowed = method(parallel.schedule).allowed(parallel.pipeline)
+    return allowed.step, allowed.start
 
 
 def allowed_batches(run: RunConfig) -> tuple[int, int]:
@@ -131,9 +78,9 @@ def require_layout(run: RunConfig) -> None:
 def _to_be_tried(run: RunConfig) -> list[int]:
     """Batches of the run for which a schedule is made beforehand: the full one, and those of the ramp where nobody
     has said which the schedule allows."""
-    train, named = run.train, run.parallel.schedule in SCHEDULES
+    train, known = run.train, method(run.parallel.schedule).microbatches is not None
     ramp = range(train.batch_start, train.batch_size, train.batch_increment or train.batch_size)
-    return [train.batch_size, *(() if named or not train.batch_start else ramp)]
+    return [train.batch_size, *(() if known or not train.batch_start else ramp)]
 
 
 def _require_batches(run: RunConfig) -> None:

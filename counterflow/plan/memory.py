@@ -159,8 +159,8 @@ class InFlight:
 
 
 @lru_cache(maxsize=4096)
-def _cached(schedule_key: "_ByName", rank: int) -> tuple[InFlight, ...]:
-    schedule, now = schedule_key.schedule, {stage: [0, 0] for stage in schedule_key.schedule.held(rank)}
+def _cached(of: "_Same", rank: int) -> tuple[InFlight, ...]:
+    schedule, now = of.schedule, {stage: [0, 0] for stage in of.schedule.held(rank)}
     seen: dict[Counts, int] = {}
     for place, cell in enumerate(schedule.rows[rank]):
         for chunk in sorted(cell, key=lambda chunk: chunk.kind is not Kind.F):
@@ -176,7 +176,7 @@ def _cached(schedule_key: "_ByName", rank: int) -> tuple[InFlight, ...]:
 
 def in_flight(schedule: Schedule, rank: int) -> tuple[InFlight, ...]:
     """The states of a rank's row of which none is less than another: one of them is the peak, whatever chunks weigh."""
-    return _cached(_ByName(schedule), rank)
+    return _cached(_Same(schedule), rank)
 
 
 def _largest(seen: Mapping[Counts, int]) -> list[tuple[Counts, int]]:
@@ -190,15 +190,14 @@ def _largest(seen: Mapping[Counts, int]) -> list[tuple[Counts, int]]:
     return best
 
 
-class _ByName:
-    """A schedule that is looked up by its rule's name and size rather than by its million cells."""
+class _Same:
+    """A schedule that is looked up as the object that it is rather than by its million cells."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self._key = (schedule.name, schedule.stages, schedule.ranks, sum(map(len, schedule.rows)))
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return id(self.schedule)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByName) and self._key == other._key
+        return isinstance(other, _Same) and self.schedule is other.schedule

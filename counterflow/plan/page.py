@@ -85,7 +85,8 @@ def _timeline(answer: Answer) -> str:
     """A step of as few micro-batches as show every phase: hundreds more would look like its middle."""
     layout = answer.step.costs.layout
     whole = sum(answer.step.schedule.microbatches)
-    count = min(whole, 2 * layout.pipeline + (2 if layout.schedule == "dualpipe" else layout.pipeline))
+    more = 2 if answer.step.schedule.pipes > 1 else layout.pipeline
+    count = min(whole, 2 * layout.pipeline + more)
     count = taken(layout, count, whole)
     schedule, spans = cell_spans(answer.step.costs, count)
     part = report.microbatches(count) if count == whole else f"{count} of the step's {whole} micro-batches"

@@ -6,7 +6,7 @@ chunks and a whole step; its variants take away what the claim rests on, one thi
 rule the same cards, batch and experts, and counts the transfers that critics of two-way pipelines leave out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from counterflow.config.model import ModelConfig
@@ -106,17 +106,14 @@ def _point(job: Job, hardware: Hardware, variant: Variant, gpus: int) -> Point:
     )
 
 
-CONTENDERS: tuple[tuple[str, int, int | None], ...] = (
-    ("1f1b", 16, None),
-    ("zb1p", 16, None),
-    ("interleaved-1f1b", 16, 2),
-    ("interleaved-1f1b", 8, 4),
-    ("dualpipe", 16, None),
-    ("dualpipev", 16, None),
-    ("dualpipev", 8, None),
-)
-"""(schedule, pipeline ranks, stages a rank); Table 2 compares DualPipeV on half of the ranks, which is the last. Others
-of `SCHEDULES` follow on 16."""
+def contenders() -> Iterator[tuple[str, int, int | None]]:
+    """(schedule, pipeline ranks, stages a rank): all on 16 ranks; with two stages on each also on half of them, as
+    Table 2 counts; where the number of stages may be chosen, with 32 in all."""
+    for name, row in SCHEDULES.items():
+        if row.choices:
+            yield from ((name, 2 * PIPELINE // per_rank, per_rank) for per_rank in row.choices)
+        else:
+            yield from ((name, ranks, None) for ranks in sorted({PIPELINE, PIPELINE // row.stages_per_rank}))
 
 
 @dataclass(frozen=True)
@@ -138,15 +135,15 @@ def schedules(
     """Every contender on `gpus` cards.   Fails: ConfigError where none can be."""
     rows: list[Row] = []
     most = len(units(job.model))
-    others = sorted(set(SCHEDULES) - {name for name, _, _ in CONTENDERS})
-    for name, pipeline, per_rank in (*CONTENDERS, *((name, 16, None) for name in others)):
+    for name, pipeline, per_rank in contenders():
         data = gpus // pipeline
-        if gpus % pipeline or data % expert or job.batch_size % data or pipeline * (per_rank or 2) > most:
+        if gpus % pipeline or data % expert or job.batch_size % data:
             continue
         layout = Layout(pipeline, data, expert, 1, name, per_rank, recompute)
         costs = Costs(job, layout, hardware, routing)
         try:
-            layout.rule(layout.microbatches(job))
+            if layout.rule(layout.microbatches(job)).stages > most:
+                continue
         except ScheduleError:
             continue
         step, free = predict(costs), predict(without_transfers(costs))

@@ -20,8 +20,10 @@ from counterflow.plan.memory import Memory, memory
 from counterflow.plan.routing import UNIFORM, Routing
 from counterflow.plan.stages import stage_plans, units
 from counterflow.progress import watched
-from counterflow.schedule import SCHEDULES
-from counterflow.schedule.measure import BUBBLES, idle
+from counterflow.schedule import PLAIN_LOOP, SCHEDULES
+from counterflow.schedule.measure import idle
+from counterflow.schedule.method import Method
+from counterflow.schedule.named import made
 from counterflow.schedule.simulate import Costs as ChunkCosts
 from counterflow.schedule.simulate import makespan, simulate
 from counterflow.schedule.words import OWING, TRANSFERS, Cell, Kind, Plan, Schedule, Span, StageId
@@ -166,7 +168,7 @@ def layouts(job: Job, gpus: int, pins: Pins, fell_out: Counter[str]) -> Iterator
             if job.model.num_routed_experts % expert:
                 fell_out["experts cannot be shared evenly by so many ranks"] += 1
                 continue
-            for layout in _on(job, pipeline, data, expert, pins.micro_batch):
+            for layout in _on(job, pipeline, data, expert, pins):
                 if not pins.allow(layout):
                     continue
                 if job.batch_size % (data * layout.micro_batch):
@@ -179,53 +181,57 @@ def layouts(job: Job, gpus: int, pins: Pins, fell_out: Counter[str]) -> Iterator
                     yield layout
 
 
-def _on(job: Job, pipeline: int, data: int, expert: int, decided: int) -> Iterator[Layout]:
-    rules: list[tuple[str, int | None]] = [(name, None) for name in SCHEDULES if name != "interleaved-1f1b"]
-    rules += [("interleaved-1f1b", 2), ("interleaved-1f1b", 4)]
-    for micro_batch in (decided,) if decided else MICRO_BATCHES:
+def _on(job: Job, pipeline: int, data: int, expert: int, pins: Pins) -> Iterator[Layout]:
+    rules = [
+        (name, per_rank)
+        for name, row in SCHEDULES.items()
+        if pipeline > 1
+        for per_rank in row.choices or (None,)
+    ]
+    if pipeline > 1 and pins.schedule and pins.schedule not in SCHEDULES:
+        rules = [(pins.schedule, None)]  # a file's or a function's
+    for micro_batch in (pins.micro_batch,) if pins.micro_batch else MICRO_BATCHES:
         for recompute in RECOMPUTES:
             if (recompute == "projections" and job.precision != "fp8") or (
                 recompute == "layer" and pipeline > 1
             ):
                 continue
-            for name, per_rank in rules if pipeline > 1 else rules[:1]:
+            for name, per_rank in rules or [(PLAIN_LOOP, None)]:
                 yield Layout(pipeline, data, expert, micro_batch, name, per_rank, recompute)
 
 
 def _refused(layout: Layout, job: Job, most: int) -> str:
     """Why a schedule cannot be, or nothing."""
-    microbatches, ranks = layout.microbatches(job), layout.pipeline
-    if ranks > 1 and layout.schedule in _TWO_WAY:
-        if microbatches < 2 * ranks:
-            return "too few micro-batches for the schedule"
-        if layout.schedule == "dualpipe" and (ranks % 2 or microbatches % 2):
-            return "DualPipe needs even ranks and micro-batches"
-    if layout.schedule == "interleaved-1f1b" and microbatches % ranks:
-        return "interleaved 1F1B needs a multiple of its ranks as micro-batches"
+    microbatches, ranks, row = layout.microbatches(job), layout.pipeline, layout.method
+    allowed = row.allowed(ranks)
+    if microbatches < allowed.start and allowed.step < allowed.start:  # fewer than a multiple is no multiple
+        return "too few micro-batches for the schedule"
+    if microbatches not in allowed or (row.even_ranks and ranks % 2):
+        return f"{layout.schedule} needs {row.needs}" if row.needs else OTHER_NUMBERS
     try:
         if taken(layout, microbatches, microbatches) and _stages(layout, job) > most:
             return "more stages than layers"
     except ScheduleError:
-        return "the schedule's rule refuses these ranks or micro-batches"
+        return OTHER_NUMBERS
     return ""
+
+
+OTHER_NUMBERS = "the schedule's rule refuses these ranks or micro-batches"
 
 
 def taken(layout: Layout, count: int, most: int) -> int:
     """The first number of micro-batches from `count` on, and `most` at most, that the layout's schedule takes; asked of
-    its rule where what it takes is not known here.   Fails: ScheduleError where it takes none."""
-    if layout.pipeline == 1 or layout.schedule in _KNOWN:
-        return count
+    its rule where its row does not say.   Fails: ScheduleError where it takes none."""
+    if layout.method.microbatches is not None:
+        allowed = layout.method.allowed(layout.pipeline)
+        above = max(0, -(-(count - allowed.start) // allowed.step))
+        return min(most, allowed[above]) if above < len(allowed) else most
     for one in range(count, most):
         with suppress(ScheduleError):
             layout.rule(one)
             return one
     layout.rule(most)
     return most
-
-
-_TWO_WAY = ("dualpipe", "dualpipev")
-_KNOWN = (*BUBBLES, "interleaved-1f1b")
-"""Schedules whose ranks and micro-batches `_refused` and `few` know; a rule that joins the table is asked."""
 
 
 def _stages(layout: Layout, job: Job) -> int:
@@ -241,12 +247,13 @@ def _least_schedule(layout: Layout, job: Job) -> Schedule:
     """The layout's schedule with so few micro-batches that its fullest moment is still there."""
     ranks, most = layout.pipeline, layout.microbatches(job)
     microbatches = taken(layout, min(most, 2 * ranks), most)
-    return _rule(layout.schedule if ranks > 1 else "1f1b", ranks, layout.stages_per_rank, microbatches)
+    return _least(layout.method, layout.name, ranks, layout.stages_per_rank, microbatches)
 
 
 @lru_cache(maxsize=512)
-def _rule(name: str, ranks: int, per_rank: int | None, microbatches: int) -> Schedule:
-    return SCHEDULES[name](ranks, microbatches, per_rank)
+def _least(row: Method, name: str, ranks: int, per_rank: int | None, microbatches: int) -> Schedule:
+    """By the row too: another file or function may have had the name before."""
+    return made(name, ranks, microbatches, per_rank)
 
 
 @dataclass(frozen=True)
@@ -274,7 +281,7 @@ def estimate(costs: Costs) -> float:
     """Seconds of a step by formula: the busiest rank's work, the bubble of Table 2 at mean costs, the update."""
     schedule = _least_schedule(costs.layout, costs.job)
     plans = _plans(costs.job.model, schedule.stages)
-    two_way = costs.layout.pipeline > 1 and costs.layout.schedule in _TWO_WAY
+    two_way = schedule.overlaps and all(len(schedule.held(rank)) == 2 for rank in range(schedule.ranks))
     every = [_stage(costs, plan, two_way) for plan in plans]
     pipes, microbatches = schedule.pipes, costs.layout.microbatches(costs.job)
     busiest = max(
@@ -287,18 +294,16 @@ def estimate(costs: Costs) -> float:
     mean = {kind: sum(one[kind] for one in chunks) / len(chunks) for kind in (Kind.F, Kind.I, Kind.W)}
     pair = busiest / (2 if two_way else 1)
     chunk = ChunkCosts(mean[Kind.F], mean[Kind.I] + mean[Kind.W], mean[Kind.W], pair)
-    bubble = _bubble(costs.layout.schedule, schedule, chunk) if schedule.ranks > 1 else 0.0
+    bubble = _bubble(costs.layout.method, schedule, chunk) if schedule.ranks > 1 else 0.0
     sends = 2 * schedule.stages * costs.send_s
     return microbatches / pipes * busiest + bubble + sends + update(costs, schedule, plans).seconds
 
 
-def _bubble(name: str, schedule: Schedule, chunk: ChunkCosts) -> float:
-    """Seconds that a rank is idle, by Table 2's formula; a rule without one is simulated."""
-    if name not in _KNOWN:
+def _bubble(row: Method, schedule: Schedule, chunk: ChunkCosts) -> float:
+    """Seconds that a rank is idle, by the published formula; without one the schedule is simulated."""
+    if row.bubble is None:
         return sum(idle(simulate(schedule, chunk), schedule.ranks)) / schedule.ranks
-    if name == "interleaved-1f1b":
-        return BUBBLES["1f1b"](schedule.stages, chunk) * schedule.ranks / schedule.stages
-    return max(0.0, BUBBLES[name](schedule.stages, chunk))
+    return max(0.0, row.bubble(schedule.ranks, schedule.stages, chunk))
 
 
 def _busy(stages: list[_Stage], two_way: bool) -> float:
@@ -356,9 +361,9 @@ def few(layout: Layout, microbatches: int) -> tuple[int, int]:
 
     Before 4 × PP the busiest rank need not yet be what the others wait for, and the line is too flat.
     """
-    ranks = layout.pipeline
-    low = 4 * ranks + (microbatches % 2 if layout.schedule != "interleaved-1f1b" else 0)
-    high = low + ranks + (ranks % 2 if layout.schedule != "interleaved-1f1b" else 0)
+    ranks, any_number = layout.pipeline, layout.method.allowed(layout.pipeline).step == 1
+    low = 4 * ranks + any_number * (microbatches % 2)  # both even or odd, as the step's own
+    high = low + ranks + any_number * (ranks % 2)
     if microbatches <= high + 3 * ranks:
         return microbatches, microbatches
     return taken(layout, low, microbatches), taken(layout, high, microbatches)

@@ -6,7 +6,11 @@ each stage twice, on ranks r and PP − 1 − r; DualPipeV folds one pipe of 2 P
 arms are the two directions, and keeps it once.
 """
 
+from math import isclose
+
 from counterflow.errors import ScheduleError
+from counterflow.schedule.method import at_most
+from counterflow.schedule.simulate import Costs
 from counterflow.schedule.words import Cell, Chunk, Kind, Schedule, StageId
 
 Ends = tuple[StageId, StageId]
@@ -54,6 +58,18 @@ def dualpipev(ranks: int, microbatches: int, stages_per_rank: int | None = None)
         ends = StageId(0, rank), StageId(0, 2 * ranks - 1 - rank)
         rows.append(_row(ends, ranks, rank, microbatches))
     return Schedule("dualpipev", 2 * ranks, tuple(rows))
+
+
+def exactness(costs: Costs) -> str:
+    """Where the bubble's formula, (PP/2 - 1)(F&B + B - 3W), holds."""
+    if not isclose(costs.b - costs.w, costs.f) or not at_most(costs.w, costs.f):
+        return "approximate: exact where B - W = F and W <= F"
+    if not at_most(costs.b, costs.overlapped):
+        return "approximate: exact on the middle ranks where F&B >= B"
+    if not isclose(costs.overlapped, costs.f + costs.b):
+        sign = "<" if costs.overlapped < costs.f + costs.b else ">"
+        return f"exact on the middle ranks alone, since F&B {sign} F + B"
+    return "exact"
 
 
 def _row(ends: Ends, half: int, depth: int, microbatches: int) -> tuple[Cell, ...]:

@@ -6,7 +6,6 @@ weight gradients still need from I to W. Parameters are counted in stages; Table
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import isclose
 from typing import NamedTuple
 
 from counterflow.schedule.simulate import Costs, makespan
@@ -97,50 +96,3 @@ def _events(cell: Cell, plans: Mapping[StageId, Plan] | None) -> Iterator[tuple[
         own = [at for at, op in enumerate(ops) if op.chunk == chunk] or [-1]
         marks += [(own[0], place, chunk.kind, True), (own[-1], place, chunk.kind, False)]
     yield from ((kind, begins) for _, _, kind, begins in sorted(marks, key=lambda mark: (mark[0], mark[1])))
-
-
-Formula = Callable[[int, Costs], float]
-
-
-def _pair(costs: Costs) -> float:
-    return costs.f + costs.b if costs.pair is None else costs.pair
-
-
-BUBBLES: Mapping[str, Formula] = {
-    "1f1b": lambda stages, c: (stages - 1) * (c.f + c.b),
-    "zb1p": lambda stages, c: (stages - 1) * (c.f + c.b - 2 * c.w),
-    "dualpipe": lambda stages, c: (stages / 2 - 1) * (_pair(c) + c.b - 3 * c.w),
-    "dualpipev": lambda stages, c: (stages / 2 - 1) * (_pair(c) + c.b - 3 * c.w),
-}
-"""Idle time of a rank by the number of stages PP; B is the whole backward."""
-ACTIVATIONS: Mapping[str, Callable[[int], int]] = {
-    "1f1b": lambda stages: stages,
-    "zb1p": lambda stages: stages,
-    "dualpipe": lambda stages: stages + 1,
-    "dualpipev": lambda stages: stages + 1,
-}
-"""Peak stage-passes of the fullest rank by the number of stages PP."""
-
-
-def _at_most(less: float, more: float) -> bool:
-    return less <= more or isclose(less, more)
-
-
-def how_exact(name: str, costs: Costs) -> str:
-    """What is known of the bubble's formula at these costs: 'exact', or in which way it is not."""
-    inner = costs.b - costs.w
-    if name not in BUBBLES:
-        return "no formula in Table 2"
-    if name == "1f1b":
-        return "exact"
-    if name == "zb1p":
-        small = _at_most(costs.w, costs.f) and _at_most(costs.w, inner)
-        return "exact" if small else "too low: exact where W <= F and W <= B - W"
-    if not isclose(inner, costs.f) or not _at_most(costs.w, costs.f):
-        return "approximate: exact where B - W = F and W <= F"
-    if not _at_most(costs.b, _pair(costs)):
-        return "approximate: exact on the middle ranks where F&B >= B"
-    if not isclose(_pair(costs), costs.f + costs.b):
-        sign = "<" if _pair(costs) < costs.f + costs.b else ">"
-        return f"exact on the middle ranks alone, since F&B {sign} F + B"
-    return "exact"

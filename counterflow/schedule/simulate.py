@@ -40,10 +40,15 @@ class Costs:
     pair: float | None = None
     """A forward and a backward that overlap; None: one after the other, f + b."""
 
+    @property
+    def overlapped(self) -> float:
+        """Of a forward and a backward that overlap: Table 2's F&B."""
+        return self.f + self.b if self.pair is None else self.pair
+
     def __call__(self, rank: int, cell: Cell) -> float:
         """Seconds of a cell."""
         if len(cell) > 1:
-            return self.f + self.b if self.pair is None else self.pair
+            return self.overlapped
         each = {Kind.F: self.f, Kind.B: self.b, Kind.I: self.b - self.w, Kind.W: self.w}
         return sum(each[chunk.kind] for chunk in cell)
 

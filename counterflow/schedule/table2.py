@@ -5,13 +5,14 @@ so that what is left between its simulation and its measurement is transfers and
 schedules are simulated with the run's mean costs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule import SCHEDULES
-from counterflow.schedule.measure import ACTIVATIONS, BUBBLES, cell_seconds, held, idle, mean_costs
+from counterflow.schedule.measure import cell_seconds, held, idle, mean_costs
+from counterflow.schedule.method import Method
 from counterflow.schedule.simulate import Costs, simulate
 from counterflow.schedule.words import Chunk, Kind, Op, Schedule, Span
 
@@ -45,22 +46,29 @@ class RunTable:
     measured: list[Span]
 
 
+def table() -> Mapping[str, Method]:
+    """The rows of SCHEDULES whose bubble and activations both have a published formula."""
+    return {name: row for name, row in SCHEDULES.items() if row.bubble and row.activations}
+
+
 def rows(stages: int, microbatches: int, costs: Costs, latency: float = 0.0) -> list[Row]:
-    """The four schedules at an equal, even number of stages."""
-    return [_row(name, stages, microbatches, costs, latency) for name in BUBBLES]
+    """Every schedule of the table at an equal, even number of stages."""
+    return [_row(name, row, stages, microbatches, costs, latency) for name, row in table().items()]
 
 
-def _row(name: str, stages: int, microbatches: int, costs: Costs, latency: float) -> Row:
-    devices, refused, waits, kept = stages // 2 if name == "dualpipev" else stages, "", [], []
+def _row(name: str, row: Method, stages: int, microbatches: int, costs: Costs, latency: float) -> Row:
+    assert row.bubble and row.activations, "the table's rows have formulas"
+    devices, refused, waits, kept = stages // row.stages_per_rank, "", [], []
     try:
-        schedule = SCHEDULES[name](devices, microbatches)
+        schedule = row(devices, microbatches)
         waits, kept = idle(simulate(schedule, costs, latency), devices), held(schedule)
     except ScheduleError as error:
         refused = f"not simulated: {error}"
     activations = max((some.activations for some in kept), default=None)
-    parameters = 2 if name.startswith("dualpipe") else 1
-    formula = BUBBLES[name](stages, costs)
-    return Row(name, devices, formula, waits, (), ACTIVATIONS[name](stages), activations, parameters, refused)
+    formula = row.bubble(devices, stages, costs)
+    return Row(
+        name, devices, formula, waits, (), row.activations(stages), activations, row.parameters, refused
+    )
 
 
 def rows_of_run(spans: Sequence[Span], latency: float = 0.0) -> RunTable:
@@ -91,16 +99,16 @@ def schedule_of(spans: Sequence[Span]) -> Schedule:
     counts: dict[int, int] = {}
     for _, chunk in done:
         counts[chunk.stage.pipe] = max(counts.get(chunk.stage.pipe, 0), chunk.mb + 1)
-    for name in BUBBLES:
+    for row in table().values():
         try:
-            schedule = SCHEDULES[name](ranks, sum(counts.values()))
+            schedule = row(ranks, sum(counts.values()))
         except ScheduleError:
             continue
         if {(rank, chunk) for rank, _, chunk in schedule.chunks() if chunk.kind is not Kind.W} == done:
             return schedule
     raise ScheduleError(
         f"the trace of {ranks} ranks and {sum(counts.values())} micro-batches is of no schedule of Table 2; record "
-        f"a whole step of {', '.join(BUBBLES)}."
+        f"a whole step of {', '.join(table())}."
     )
 
 

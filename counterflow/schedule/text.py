@@ -89,8 +89,8 @@ def to_csv(schedule: Schedule) -> str:
     """PyTorch pipelining's compute-only CSV.   Fails: ScheduleError where a second pipe cannot be said."""
     if schedule.pipes > 1:
         raise ScheduleError(
-            f"{schedule.name} feeds both ends, and PyTorch's CSV knows one pipe; write it as text, or take "
-            "dualpipev."
+            f"{schedule.name} feeds both ends, and PyTorch's CSV knows one pipe; write it as text, or take a schedule "
+            "of one pipe."
         )
     return "".join(",".join(_action(cell) for cell in row) + "\n" for row in schedule.rows)
 

@@ -100,6 +100,11 @@ class Schedule:
         return 1 + max((stage.pipe for stage in self.rank_of), default=0)
 
     @cached_property
+    def overlaps(self) -> bool:
+        """Whether a rank runs a forward and a backward at the same time."""
+        return any(len(cell) > 1 for row in self.rows for cell in row)
+
+    @cached_property
     def microbatches(self) -> tuple[int, ...]:
         """Micro-batches of each pipe."""
         counts = [0] * self.pipes

@@ -5,7 +5,9 @@ the input travels on as early as it can. Table 2's second row is this schedule's
 """
 
 from counterflow.errors import ScheduleError
+from counterflow.schedule.method import at_most
 from counterflow.schedule.one_f_one_b import require_positive
+from counterflow.schedule.simulate import Costs
 from counterflow.schedule.words import Cell, Chunk, Kind, Schedule, StageId
 
 
@@ -28,3 +30,9 @@ def _row(rank: int, ranks: int, microbatches: int) -> tuple[Cell, ...]:
             kinds.append((Kind.W, mb - rank))
     kinds += [(Kind.W, mb) for mb in range(max(0, microbatches - rank), microbatches)]
     return tuple((Chunk(kind, stage, mb),) for kind, mb in kinds)
+
+
+def exactness(costs: Costs) -> str:
+    """Where the bubble's formula holds: W fits into what B leaves, on every rank."""
+    small = at_most(costs.w, costs.f) and at_most(costs.w, costs.b - costs.w)
+    return "exact" if small else "too low: exact where W <= F and W <= B - W"

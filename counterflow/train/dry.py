@@ -20,7 +20,6 @@ from counterflow.plan.job import Layout, job_of
 from counterflow.plan.layout import schedule_of
 from counterflow.plan.memory import Memory, memory
 from counterflow.plan.stages import stage_plans
-from counterflow.schedule import SCHEDULES
 from counterflow.schedule.words import Part, Plan
 from counterflow.train import lr
 from counterflow.train.begin import (
@@ -110,13 +109,13 @@ def _held(plan: Plan, num_layers: int) -> str:
 def _memory(run: RunConfig) -> Iterator[str]:
     """The planner's count for every rank."""
     parallel, train = run.parallel, run.train
-    name = parallel.schedule if parallel.schedule in SCHEDULES and parallel.pipeline > 1 else "1f1b"
     layout = Layout(
         parallel.pipeline,
         parallel.data,
         parallel.expert,
         train.micro_batch_size,
-        name,
+        parallel.schedule,
+        parallel.stages_per_rank or None,
         recompute=train.recompute,
     )
     cpu = on_cpu(run)

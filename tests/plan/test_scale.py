@@ -40,7 +40,7 @@ def test_a_slow_fabric_breaks_it():
 def test_schedules_are_compared_with_transfers_counted(monkeypatch):
     """DualPipe hides what 1F1B leaves open; who has more stages than the model has layers is left out."""
     some = (("1f1b", 4, None), ("dualpipe", 4, None), ("interleaved-1f1b", 16, 8))
-    monkeypatch.setattr(scale, "CONTENDERS", some)
+    monkeypatch.setattr(scale, "contenders", lambda: some)
     job = replace(REPORT_JOB, batch_size=64 * 16)
     rows = {row.layout.schedule: row for row in schedules(job, H800, 256, 64, "projections")}
     assert rows.keys() == {"1f1b", "dualpipe"}

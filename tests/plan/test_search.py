@@ -13,6 +13,7 @@ from counterflow.plan.hardware import hardware
 from counterflow.plan.job import Job, Layout, require
 from counterflow.plan.search import Pins, by_cells, search
 from counterflow.schedule import SCHEDULES
+from counterflow.schedule.method import Method
 from counterflow.schedule.words import Chunk, Kind, Schedule, StageId
 
 pytestmark = pytest.mark.pure
@@ -108,7 +109,7 @@ def gpipe(ranks, microbatches, stages_per_rank=None):
 
 
 def test_one_more_schedule_in_the_table_is_planned_with(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(SCHEDULES, "gpipe", gpipe)
+    monkeypatch.setitem(SCHEDULES, "gpipe", Method(gpipe))
     found = search(SMALL, hardware("h100"), 8, Pins(schedule="gpipe", pipeline=2, micro_batch=1, expert=1))
     assert found.best and found.best[0].layout.microbatches(SMALL) == 32
     costs = Costs(SMALL, found.best[0].layout, hardware("h100"))

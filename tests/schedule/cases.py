@@ -27,15 +27,11 @@ def made(case: Case) -> Schedule:
 def cases(draw: st.DrawFn, names: tuple[str, ...] = tuple(SCHEDULES), most_ranks: int = 8) -> Case:
     """Any schedule of any size that its rule allows, and small enough to be quick."""
     name = draw(st.sampled_from(names))
-    ranks = draw(st.integers(1, most_ranks))
-    if name == "dualpipe":
-        ranks += ranks % 2
-        return Case(name, ranks, 2 * ranks + 2 * draw(st.integers(0, 4)))
-    if name == "dualpipev":
-        return Case(name, ranks, 2 * ranks + draw(st.integers(0, 6)))
-    if name == "interleaved-1f1b":
-        return Case(name, ranks, ranks * draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    return Case(name, ranks, draw(st.integers(1, 20)))
+    row, ranks = SCHEDULES[name], draw(st.integers(1, most_ranks))
+    ranks += row.even_ranks and ranks % 2
+    allowed = row.allowed(ranks)
+    place = draw(st.integers(0, max(2, (20 - allowed.start) // allowed.step)))
+    return Case(name, ranks, allowed[place], draw(st.integers(1, 3)) if row.choices else None)
 
 
 @st.composite

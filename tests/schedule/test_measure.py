@@ -6,18 +6,9 @@ from hypothesis import strategies as st
 
 from counterflow.errors import ScheduleError
 from counterflow.schedule import SCHEDULES, table2
-from counterflow.schedule.measure import (
-    ACTIVATIONS,
-    BUBBLES,
-    busy,
-    cell_seconds,
-    held,
-    how_exact,
-    idle,
-    mean_costs,
-)
+from counterflow.schedule.measure import busy, cell_seconds, held, idle, mean_costs
 from counterflow.schedule.simulate import Costs, simulate, simulate_ops
-from counterflow.schedule.words import Span
+from counterflow.schedule.words import Schedule, Span
 from tests.schedule.cases import cases, equal_plans, made
 
 pytestmark = pytest.mark.pure
@@ -26,47 +17,58 @@ STAGES = st.integers(1, 8).map(lambda half: 2 * half)
 COST = st.integers(0, 12)
 
 
+TABLE_2 = tuple(table2.table())
+KNOWN = sorted(name for name, row in SCHEDULES.items() if row.bubble)
+
+
+def sized(name: str, stages: int, microbatches: int) -> Schedule:
+    """A rule's schedule of so many stages."""
+    return SCHEDULES[name](stages // SCHEDULES[name].stages_per_rank, microbatches)
+
+
+def formula_of(schedule: Schedule, costs: Costs) -> float:
+    return SCHEDULES[schedule.name].bubble(schedule.ranks, schedule.stages, costs)
+
+
 @pytest.mark.parametrize(("name", "bubble"), [("1f1b", 21), ("zb1p", 7), ("dualpipe", 6), ("dualpipev", 6)])
 def test_tab2_bubbles_of_eight_stages(name, bubble):
-    costs = Costs(1.0, 2.0, 1.0)
-    ranks = 4 if name == "dualpipev" else 8
-    assert BUBBLES[name](8, costs) == bubble
-    assert idle(simulate(SCHEDULES[name](ranks, 20), costs), ranks) == [bubble] * ranks
-    assert how_exact(name, costs) == "exact"
+    schedule, costs = sized(name, 8, 20), Costs(1.0, 2.0, 1.0)
+    assert formula_of(schedule, costs) == bubble
+    assert idle(simulate(schedule, costs), schedule.ranks) == [bubble] * schedule.ranks
+    assert SCHEDULES[name].exactness(costs) == "exact"
 
 
 @st.composite
 def exact_costs(draw, name: str):
     """(F, B, W, pair) that satisfy the condition under which the formula of `name` is exact."""
     f, w, more = draw(COST), draw(COST), draw(COST)
-    if name == "1f1b":
+    if name in ("1f1b", "interleaved-1f1b"):
         return f, w + more, w, None
     if name == "zb1p":
         return w + draw(COST), 2 * w + more, w, None
     return w + f, 2 * w + f, w, draw(st.sampled_from([None, 3 * w + 2 * f]))
 
 
-@pytest.mark.parametrize("name", BUBBLES)
+@pytest.mark.parametrize("name", KNOWN)
 @settings(max_examples=40)
 @given(st.data(), STAGES, st.integers(0, 4))
 def test_tab2_bubbles_are_exact_where_the_note_says_so(name, data, stages, more):
     costs = Costs(*data.draw(exact_costs(name)))
-    assert how_exact(name, costs) == "exact"
-    ranks = stages // 2 if name == "dualpipev" else stages
-    waits = idle(simulate(SCHEDULES[name](ranks, 2 * stages + 2 * more), costs), ranks)
-    assert waits == pytest.approx([BUBBLES[name](stages, costs)] * ranks)
+    assert SCHEDULES[name].exactness(costs) == "exact"
+    schedule = sized(name, stages, 2 * stages + more * max(2, SCHEDULES[name].allowed(stages // 2).step))
+    waits = idle(simulate(schedule, costs), schedule.ranks)
+    assert waits == pytest.approx([formula_of(schedule, costs)] * schedule.ranks)
 
 
-@given(st.sampled_from(sorted(BUBBLES)), STAGES, COST, COST, COST, st.none() | st.integers(1, 30))
+@given(st.sampled_from(KNOWN), STAGES, COST, COST, COST, st.none() | st.integers(1, 30))
 def test_tab2_the_note_is_true_of_any_costs(name, stages, f, inner, w, pair):
-    costs = Costs(f, inner + w, w, pair)
-    ranks = stages // 2 if name == "dualpipev" else stages
-    waits = idle(simulate(SCHEDULES[name](ranks, 2 * stages), costs), ranks)
-    formula, note = BUBBLES[name](stages, costs), how_exact(name, costs)
+    costs, schedule = Costs(f, inner + w, w, pair), sized(name, stages, 2 * stages)
+    ranks, waits = schedule.ranks, idle(simulate(schedule, costs), schedule.ranks)
+    formula, note = formula_of(schedule, costs), SCHEDULES[name].exactness(costs)
     if note == "exact":
         assert waits == pytest.approx([formula] * ranks)
     elif note.startswith("exact on the middle ranks"):
-        middle = waits[-1:] if name == "dualpipev" else waits[ranks // 2 - 1 : ranks // 2 + 1]
+        middle = waits[-1:] if schedule.pipes == 1 else waits[ranks // 2 - 1 : ranks // 2 + 1]
         assert middle == pytest.approx([formula] * len(middle))
     elif note.startswith("too low"):
         assert min(waits) >= formula - 1e-9
@@ -78,25 +80,25 @@ def test_tab2_the_note_is_true_of_any_costs(name, stages, f, inner, w, pair):
 def test_tab2_conditions_are_needed(name, w):
     """One case beyond each condition where the formula is wrong: W > F, W > B - W."""
     costs = Costs(3.0, w + 1.0, w)
-    waits = idle(simulate(SCHEDULES[name](8, 20), costs), 8)
-    assert how_exact(name, costs) != "exact" and min(waits) > BUBBLES[name](8, costs)
+    schedule = SCHEDULES[name](8, 20)
+    assert SCHEDULES[name].exactness(costs) != "exact"
+    assert min(idle(simulate(schedule, costs), 8)) > formula_of(schedule, costs)
 
 
 def test_equal_up_to_rounding_is_equal():
-    assert how_exact("dualpipe", Costs(1.0, 2.2, 1.2 - 0.2, None)) != "exact"
-    assert how_exact("dualpipe", Costs(1.1, 2.2 - 0.1, 1.0, 3.2)) == "exact"
+    assert SCHEDULES["dualpipe"].exactness(Costs(1.0, 2.2, 1.2 - 0.2, None)) != "exact"
+    assert SCHEDULES["dualpipe"].exactness(Costs(1.1, 2.2 - 0.1, 1.0, 3.2)) == "exact"
 
 
 @settings(max_examples=20)
 @given(STAGES, st.integers(0, 4))
 def test_tab2_activations(stages, more):
     microbatches = 2 * stages + 2 * more
-    for name in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
-        ranks = stages // 2 if name == "dualpipev" else stages
-        found = held(SCHEDULES[name](ranks, microbatches))
+    for name, row in table2.table().items():
+        found = held(sized(name, stages, microbatches))
         peaks = [one.activations for one in found]
-        assert max(peaks) == ACTIVATIONS[name](stages)
-        assert {one.stages for one in found} == {2 if name.startswith("dual") else 1}
+        assert max(peaks) == row.activations(stages)
+        assert {one.stages for one in found} == {row.parameters}
         if name in ("1f1b", "zb1p"):
             assert peaks[0] == stages
         else:
@@ -138,7 +140,7 @@ def test_a_transfer_beside_computation_counts_once():
     assert busy([Span(0, cell, 0.0, 1.0), Span(0, cell, 3.0, 5.0)]) == 3.0
 
 
-@pytest.mark.parametrize("name", BUBBLES)
+@pytest.mark.parametrize("name", TABLE_2)
 def test_tab2_a_recorded_run_gives_its_costs_and_its_row(name):
     ranks = 4
     schedule, costs = SCHEDULES[name](ranks, 8), Costs(1.0, 2.5, 1.0, 3.0 if "dual" in name else None)
@@ -179,7 +181,7 @@ def test_a_trace_of_another_schedule_is_refused():
         table2.rows_of_run([])
 
 
-@given(st.sampled_from(sorted(BUBBLES)), st.integers(2, 6))
+@given(st.sampled_from(TABLE_2), st.integers(2, 6))
 def test_incomplete_steps_are_refused(name, missing):
     spans = [span for span in simulate(SCHEDULES[name](2, 4)) if span.what[0].kind != "W"]
     assume(missing < len(spans))

@@ -53,7 +53,9 @@ def test_csv_as_pytorch_prints_it_is_read():
 
 @pytest.mark.pure
 def test_a_second_pipe_has_no_csv():
-    with pytest.raises(ScheduleError, match="knows one pipe; write it as text, or take dualpipev"):
+    with pytest.raises(
+        ScheduleError, match="knows one pipe; write it as text, or take a schedule of one pipe"
+    ):
         to_csv(SCHEDULES["dualpipe"](2, 4))
 
 
