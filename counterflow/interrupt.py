@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 GRACE_S = 0.7
@@ -91,7 +91,8 @@ def stop_signals(
     def listen(number: int) -> None:
         if number in numbers and not first.is_set():
             first.set()
-            say()
+            with suppress(OSError):  # whoever read it may have gone
+                say()
         elif number == signal.SIGINT and not taken.wait(GRACE_S):
             end_now()
 

@@ -37,7 +37,7 @@ ANSWERED = {
     "description": "The texts, whole or as server-sent events.",
     "content": {
         "application/json": {"schema": {"type": "object", "required": ["id", "object", "choices"]}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {},
     },
 }
 COMPLETED: dict[str, Any] = {
@@ -76,6 +76,7 @@ def _of_model(found: dict[str, Any], name: str, vocab: int) -> None:
         schemas[asked]["properties"]["model"] = {"type": "string", "enum": [name]}
     for kind in schemas["CompletionAsked"]["properties"]["prompt"]["anyOf"]:
         _bounded(kind, vocab)
+    found["paths"]["/v1/models/{name}"]["get"]["parameters"][0]["schema"]["enum"] = [name]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
     for path in found["paths"].values():

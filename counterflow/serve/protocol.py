@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,6 +17,7 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -32,7 +34,16 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 Empty = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[StrictFloat, Field(ge=0, le=0)]
 One = Annotated[StrictFloat, Field(ge=1, le=1)]
-Off = Literal[False]
+
+
+def _off(given: bool) -> bool:
+    if given:
+        raise ValueError("input should be false")
+    return given
+
+
+Off = Annotated[StrictBool, AfterValidator(_off), WithJsonSchema({"const": False})]
+"""A literal would take 0."""
 
 
 def _nullable(schema: dict[str, Any]) -> None:
@@ -216,7 +227,7 @@ class Part(Given):
 class Message(UnbuiltOfMessages):
     """One turn of a conversation; an answer of ours is one."""
 
-    role: StrictStr
+    role: StrictStr = Field(json_schema_extra={"enum": [*ROLES]})
     content: StrictStr | list[Part]
     name: StrictStr | None = None
 
