@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from counterflow.errors import ConfigError, nearest
 
+MOST, MOST_LAYERS = 2**31 - 1, 2**12
+"""Of any size: beyond them are damaged files, whose layers would be counted for ever."""
 AUXILIARY_LOSSES = ("none", "switch", "gshard")
 
 
@@ -96,9 +98,15 @@ class ModelConfig:
             _require(
                 getattr(self, name) >= 0, f"model.{name} is {getattr(self, name)}", "it must not be negative"
             )
-        for name in ("initializer_std", "rope_theta", "rms_norm_eps", "routed_scaling_factor"):
+        for name in (*_AT_LEAST_ONE, "num_mtp_modules", "num_shared_experts", "q_lora_rank"):
+            most = MOST_LAYERS if name in ("num_layers", "num_mtp_modules") else MOST
+            _require(
+                getattr(self, name) <= most, f"model.{name} is {getattr(self, name)}", f"{most} is the most"
+            )
+        for name in ("initializer_std", "rms_norm_eps", "routed_scaling_factor"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0.")
+        _require(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}", "it must be above 1")
         self._check_sizes()
         if self.balance.auxiliary not in AUXILIARY_LOSSES:
             hint = nearest(self.balance.auxiliary, AUXILIARY_LOSSES)

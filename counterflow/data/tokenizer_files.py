@@ -139,6 +139,10 @@ def from_tiktoken(path: Path) -> Bpe:
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
     bpe.decoder = decoders.ByteLevel()
     bpe.add_tokens([*_reserved(len(ranks), settings)])
+    if bpe.get_vocab_size() != len(ranks) + TIKTOKEN_RESERVED:
+        raise DataError(
+            f"two tokens have one name in added_tokens_decoder of {TOKENIZER_CONFIG} beside {path}; fetch it anew."
+        )
     return bpe
 
 
@@ -172,8 +176,11 @@ def spelling() -> dict[int, str]:
 
 
 def _reserved(first: int, settings: Mapping[str, Any]) -> Iterator[AddedToken]:
-    named = settings.get("added_tokens_decoder") or {}
+    """By the table of the tokenizer's settings; what it does not hide is shown in texts."""
+    table = settings.get("added_tokens_decoder")
+    named = table if isinstance(table, dict) else {}
     for token in range(first, first + TIKTOKEN_RESERVED):
-        said = named.get(str(token)) or {}
-        name = said.get("content") or f"<|reserved_token_{token}|>"
-        yield AddedToken(name, special=said.get("special", True), normalized=False)
+        said = named.get(str(token))
+        shown = isinstance(said, dict) and said.get("special") is False
+        name = _name(said) or f"<|reserved_token_{token}|>"
+        yield AddedToken(name, special=not shown, normalized=False)

@@ -32,6 +32,9 @@ MARKS = {"user": "<｜User｜>", "assistant": "<｜Assistant｜>"}
 FENCES = range(0xE000, 0xF8FF)
 """Characters for private use, of which two that no message holds stand around what it spells of control tokens."""
 
+NOTHING = "(?!)"
+"""A pattern that matches nowhere."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -118,10 +121,10 @@ class Templated:
         self.tokenizer, self.template, self.controls = tokenizer, compiled(source), tokenizer.controls
         ids = {"bos_token": tokenizer.bos, "eos_token": tokenizer.eos, "pad_token": tokenizer.pad}
         self.names = {name: tokenizer.bpe.id_to_token(one) for name, one in ids.items() if one is not None}
-        self.longest = max(map(len, self.controls))
+        self.longest = max(map(len, self.controls), default=0)
         cuts = [(name, cut) for name in self.controls for cut in range(1, len(name))]
         self.heads, self.tails = {name[:cut] for name, cut in cuts}, {name[cut:] for name, cut in cuts}
-        self.spelt = longest_of([*self.controls])
+        self.spelt = longest_of([*self.controls]) or NOTHING
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids up to where the assistant speaks.   Fails: RequestError."""

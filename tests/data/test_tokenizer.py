@@ -162,6 +162,11 @@ def test_a_foreign_or_broken_tiktoken_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the tokenizer_class 'QWenTokenizer'.* put a tokenizer\.json there"):
         load(tiktoken_folder(tmp_path, "QWenTokenizer"))
     path = tiktoken_folder(tmp_path)
+    settings = (tmp_path / "tokenizer_config.json").read_text()
+    (tmp_path / "tokenizer_config.json").write_text(settings.replace("[PAD]", "[EOS]"))
+    with pytest.raises(DataError, match=r"two tokens have one name"):
+        load(path)
+    (tmp_path / "tokenizer_config.json").write_text(settings)
     whole = (tmp_path / "tiktoken.model").read_bytes()
     for broken in (whole[:-30], b"%%% 0", b"YQ== x", b"YQ==", b"\xff 1"):
         (tmp_path / "tiktoken.model").write_bytes(broken)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Bpe
 
 from counterflow.data.tokenizer import Tokenizer, load
@@ -107,6 +107,12 @@ def test_a_template_that_refuses_or_fails_is_a_refused_request(tokenizer: Tokeni
             chat(template).prompt([turn("user", "a")])
     with pytest.raises(DataError, match=r"no Jinja template \(line 2: "):
         chat("\n{% if %}")
+
+
+def test_a_vocabulary_without_control_tokens_has_texts_alone() -> None:
+    plain = Bpe(models.BPE({"a": 0, "b": 1}, []))
+    bare = Tokenizer(plain, plain, 2, 1, 1, None, None, "", Beside(template="{{ messages[0].content }}a"))
+    assert chat_of(bare).prompt([turn("user", "ab")]) == [0, 1, 0]
 
 
 def test_templates_are_found_in_either_file_and_the_ends_in_all(folder: Path, tmp_path: Path) -> None:
