@@ -37,7 +37,14 @@ FLOORS = {
     "cli": 7,
     "__main__": 8,
 }
-ALONE = {"tyro": "cli", "fastapi": "serve", "starlette": "serve", "pydantic": "serve", "uvicorn": "serve"}
+ALONE = {
+    "tyro": "cli",
+    "jinja2": "infer",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "pydantic": "serve",
+    "uvicorn": "serve",
+}
 """Libraries that one room alone imports."""
 STANDARD_ONLY = ("errors", "units", "machine", "interrupt", "config", "schedule")
 TORCH_FREE = (*STANDARD_ONLY, "plan")
