@@ -74,6 +74,7 @@ def begin(run: RunConfig, folder: Path) -> int | None:
     """The step to go on from, 0 for a start; None where the run is complete."""
     require_tracker(run)
     if run.keep.resume == "never" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        continued(run, folder, 0)
         move_aside(folder)  # once: ranks that parallel.restarts started again go on
     step = newest_sound(folder / CHECKPOINTS)
     require_resumable(run, folder, step)

@@ -146,6 +146,13 @@ def test_what_our_errors_advise_is_taken_once_there_is_a_checkpoint(stopped, rem
     assert not begin.is_complete(brief(stopped, remedy))
 
 
+def test_a_layout_that_cannot_be_is_refused_before_an_earlier_run_is_moved(stopped):
+    """Also where torchrun has started the ranks, which ask for nothing before."""
+    with pytest.raises(ConfigError, match=r"train.batch_size is 4 .* take 6"):
+        begin.begin(brief(stopped, "parallel.data=3", "keep.resume=never"), stopped / "run")
+    assert [path.name for path in stopped.glob("run*")] == ["run"]
+
+
 def test_a_change_is_said_and_kept_with_its_step(stopped, capsys):
     first = ["train.tokens=640", "train.lr.peak=1e-3", "train.lr.warmup=0.4", "train.clip_norm=0.5"]
     first += [
