@@ -120,11 +120,11 @@ def counterflow(size: Size, words: list[str]) -> Contender:
 
 def torchtitan(size: Size, compiled: bool, flex: bool) -> Contender:
     """Its DeepSeek-V3 with its own compile recipe, and a loop as its trainer has it on one GPU."""
-    from torchtitan.config.job_config import Compile
-    from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs
-    from torchtitan.models.deepseek_v3.model.model import DeepSeekV3Model
-    from torchtitan.models.llama4.infra.parallelize import apply_compile
-    from torchtitan.models.moe import MoEArgs
+    from torchtitan.config.job_config import Compile  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.deepseek_v3.model.model import DeepSeekV3Model  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.llama4.infra.parallelize import apply_compile  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.moe import MoEArgs  # pyright: ignore[reportMissingImports]
 
     m = size.model
     grouped = m.num_groups > 1
@@ -190,8 +190,8 @@ def transformers(size: Size) -> Contender:
 
     from counterflow.config.released import to_released
 
-    settings: dict[str, Any] = to_released(size.model)
-    config = DeepseekV3Config(**settings | {"use_cache": False})
+    settings: dict[str, Any] = to_released(size.model) | {"use_cache": False}
+    config = DeepseekV3Config(**settings)
     with torch.device("cuda"):
         model = DeepseekV3ForCausalLM._from_config(
             config, attn_implementation="sdpa", experts_implementation="grouped_mm"

@@ -160,12 +160,12 @@ class Progress:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print lines; those too long for a terminal are broken between words."""
-    file = file or sys.stdout
-    if file.isatty():
+    out = file or sys.stdout
+    if out.isatty():
         width = shutil.get_terminal_size().columns
         fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(fill(line) if len(line) > width else line for line in text.split("\n"))
-    print(text, file=file, flush=True)
+    print(text, file=out, flush=True)
 
 
 def watched(

@@ -19,7 +19,7 @@ from counterflow.config.load import load_run
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.data.loader import Samples
 from counterflow.progress import Progress
-from counterflow.train.begin import in_tokens
+from counterflow.train import lr
 from counterflow.train.loop import evaluate, resolve
 from counterflow.train.trainer import Trainer
 
@@ -69,7 +69,8 @@ def study(
 
 def measure(run: RunConfig) -> dict[str, Any]:
     """Train a run without a folder; its final measurements, MaxVio the mean of the last tenth of steps."""
-    run = resolve(in_tokens(dataclasses.replace(run, parallel=Parallel())))
+    run = resolve(dataclasses.replace(run, parallel=Parallel()))
+    run = dataclasses.replace(run, train=lr.in_tokens(run.train, run.data.sequence_length))
     samples = Samples(run.data, run.model.vocab_size, run.train.seed, quiet=True)
     trainer, start, course = (
         Trainer(run, samples, Mesh(device=torch.device(run.train.device))),

@@ -66,7 +66,7 @@ def _awake(device: "torch.device") -> None:
 
     with suppress(RuntimeError, ImportError):  # whoever needs it says what is wrong
         ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-        ones @ ones
+        torch.mm(ones, ones)
         import_module("triton")
 
 

@@ -52,8 +52,7 @@ def _laid_over(old: Any, new: Any, key: str = "") -> Any:
     """Two values of one setting, in either order: of tables both; a name or paths stay the base of a table."""
     if _table(old) is None and _table(new) is None:
         return new
-    tables = [{"base": value} if isinstance(value, str | list) else _table(value) for value in (old, new)]
-    below, above = tables
+    below, above = _based(old), _based(new)
     if below is None or above is None:
         inner = f"{key}.{next(iter(_table(new) or _table(old) or {}), '')}"
         raise ConfigError(f"{key} is a value, not a table; '{inner}' is no setting.")
@@ -64,10 +63,16 @@ def _laid_over(old: Any, new: Any, key: str = "") -> Any:
     return merged
 
 
+def _based(value: Any) -> Mapping[str, Any] | None:
+    """The value if it is a table; a name or paths as the base of one."""
+    return {"base": value} if isinstance(value, str | list) else _table(value)
+
+
 def _require_one_model(tree: Mapping[str, Any], given: Mapping[str, Any], file: str) -> None:
     """Refuse another model on the command line beside a file's settings of its own: which is meant cannot be told."""
     own, asked = [key for key in _table(tree.get("model")) or () if key != "base"], given.get("model")
-    base = asked.get("base") if isinstance(asked, dict) else asked
+    table = _table(asked)
+    base = asked if table is None else table.get("base")
     if own and base is not None:
         more = f" and {len(own) - 1} more" if len(own) > 1 else ""
         raise ConfigError(

@@ -19,11 +19,15 @@ def scalar(value: Any, kind: type, key: str, change: str = "") -> Any:
         value = int(value)
     if type(value) is not kind or value != value:  # NaN
         raise ConfigError(f"{key} is {value!r}; it must be {KINDS[kind]}{change}.")
-    if kind is str and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{key} is {value!a}; its bytes are no UTF-8, and what keeps it would not be readable: rename it."
-            ) from None
+    if isinstance(value, str):
+        _require_utf8(value, key)
     return value
+
+
+def _require_utf8(text: str, key: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"{key} is {text!a}; it is not valid UTF-8, so a file that keeps it could not be read back: rename it."
+        ) from None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -253,7 +254,8 @@ def _explain(failed: ChildFailedError, restarts: int, killed: str) -> int:
             f"stopped. A kill without a sender is often the system's, for memory: {killed}."
         )
     if failure.exitcode == PEER_LOST:
-        said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        said: Any = failure.message  # by its annotation text; a table where a rank has left more
+        said = said["message"] if isinstance(said, dict) else said
         raise RankError(
             f"rank {rank} (process {failure.pid}) lost another{often}, and no rank said why: {said}. What was saved is "
             "untouched; start the same command again."

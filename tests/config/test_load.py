@@ -154,7 +154,7 @@ def test_what_was_changed_in_a_run_is_no_setting(tmp_path):
 
 @pytest.mark.parametrize("key", ["data.sources", "data.tokenizer", "keep.folder", "data.cache_dir", "name"])
 def test_a_name_that_run_toml_could_not_hold_is_refused(key):
-    with pytest.raises(ConfigError, match=r"is 'caf\\udce9'; its bytes are no UTF-8"):
+    with pytest.raises(ConfigError, match=r"is 'caf\\udce9'; it is not valid UTF-8"):
         load_run("tiny", [f"{key}={os.fsdecode(b'caf' + bytes([0xE9]))}"])
 
 
