@@ -235,6 +235,8 @@ def expert_load(wish: ExpertLoad, mesh: "Mesh") -> None:
 
     if not wish.texts:
         raise ConfigError("no texts are named; give NAME=PATH of one kind of text or more.")
+    if wish.picture and Path(wish.picture).suffix.lower() not in bench.PICTURES:
+        raise ConfigError(f"picture is '{wish.picture}'; its name must end in {', '.join(bench.PICTURES)}.")
     model, tokenizer, folder = _model(wish.run, wish.averaged, wish.precision, mesh)
     pairs = [text.split("=", 1) if "=" in text else (text, text) for text in wish.texts]
     domains = {name: Source(path, field=wish.field) for name, path in pairs}

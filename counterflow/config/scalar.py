@@ -14,7 +14,7 @@ KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 def scalar(value: Any, kind: type, key: str, change: str = "") -> Any:
     """`value` as `kind`. Fails (ConfigError) naming key, value and kind, then what to `change`."""
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(str(value))  # infinity where float(value) would raise an OverflowError
     elif kind is int and type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not kind or value != value:  # NaN

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
+from secrets import token_hex
 from typing import IO
 
 from counterflow.errors import DataError
@@ -37,8 +38,10 @@ def key_of(*parts: object) -> str:
 def build_once(folder: Path, write: Callable[[Path], object]) -> Path:
     """The folder, made by `write` if it is not there yet. Fails: DataError if it cannot be written."""
     if not folder.is_dir():
-        with in_place_of(folder), locked(folder.with_name(f"{folder.name}.lock")):
+        with in_place_of(folder), locked(folder.with_name(f"{folder.name}.lock")) as missing:
             if not folder.is_dir():
+                if not missing:  # without a lock they may be of a process that is at work
+                    _clear(folder)
                 _build(folder, write)
     return folder
 
@@ -68,10 +71,14 @@ def in_place_of(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _build(folder: Path, write: Callable[[Path], object]) -> None:
-    for left in folder.parent.glob(f"{folder.name}.*.partial"):  # of a process that was killed
+def _clear(folder: Path) -> None:
+    """Remove what a process that was killed has left."""
+    for left in folder.parent.glob(f"{folder.name}.*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+
+
+def _build(folder: Path, write: Callable[[Path], object]) -> None:
+    beside = folder.with_name(f"{folder.name}.{token_hex(4)}.partial")
     beside.mkdir()
     try:
         write(beside)
@@ -90,11 +97,10 @@ def _rename(made: Path, folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held while inside; the kernel frees it if the process dies."""
+def locked(path: Path) -> Iterator[str]:
+    """Held while inside; the kernel frees it if the process dies. Gives what `lock` gives."""
     with open(path, "w") as file:
-        lock(file)
-        yield
+        yield lock(file)
     with suppress(OSError):
         path.unlink()
 

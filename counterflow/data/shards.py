@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from secrets import token_hex
 from typing import IO, Literal, NamedTuple
 
 import numpy as np
@@ -121,7 +122,7 @@ def shards_folder(made: Made, cache: Path, shard_bytes: int = SHARD_BYTES) -> Pa
 def is_tokenised(made: Made, cache: Path, shard_bytes: int = SHARD_BYTES) -> bool:
     """Whether all shards of a part are there, put together or not."""
     folder = shards_folder(made, cache, shard_bytes)
-    return folder.is_dir() or _are_there(_growing(folder), ALONE)
+    return _are_there(_growing(folder), ALONE) or folder.is_dir()
 
 
 def tokenise(
@@ -137,7 +138,8 @@ def tokenise(
     """
     folder, (index, count) = shards_folder(made, cache, shard_bytes), share
     growing, total, done = _growing(folder), _size(made) / count, 0
-    if folder.is_dir() or _are_there(growing, share) or index * shard_bytes > made.corpus.survey.bytes:
+    # In this order: another process may rename the one to the other in between.
+    if _are_there(growing, share) or folder.is_dir() or index * shard_bytes > made.corpus.survey.bytes:
         return
 
     def watch(size: int) -> None:
@@ -169,10 +171,10 @@ def _growing(folder: Path) -> Path:
 def _are_there(growing: Path, share: tuple[int, int]) -> bool:
     """Whether a share of the shards is made, and how many there are is known."""
     try:
-        shards = json.loads((growing / COUNTED).read_text())["shards"]
+        shards = range(json.loads((growing / COUNTED).read_text())["shards"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return False
-    return all((growing / _tokens(number)).is_file() for number in range(share[0], shards, share[1]))
+    return all((growing / _tokens(number)).is_file() for number in shards[share[0] :: share[1]])
 
 
 def _tokens(number: int) -> str:
@@ -219,7 +221,7 @@ def _write(
 @contextmanager
 def _whole(path: Path) -> Iterator[IO[bytes]]:
     """A file that has its name only once all of it is on the disk."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    beside = path.with_name(f"{path.name}.{token_hex(4)}.new")
     try:
         with open(beside, "wb") as file:
             yield file

@@ -21,6 +21,8 @@ from counterflow.progress import watched
 
 FULL = 10.0
 """The relative load at the end of the colour scale, as in the report."""
+PICTURES = (".png", ".svg", ".pdf")
+"""How the name of a picture may end."""
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def expert_load(
 
 
 def draw(loads: Mapping[str, Float[Tensor, "L E"]], first_layer: int, path: Path) -> None:
-    """A picture (.png, .svg or .pdf): one strip a layer, a row a domain, a column an expert."""
+    """A picture, of a form in PICTURES: one strip a layer, a row a domain, a column an expert."""
     from matplotlib.figure import Figure
 
     names = list(loads)
@@ -78,4 +80,5 @@ def draw(loads: Mapping[str, Float[Tensor, "L E"]], first_layer: int, path: Path
         axis.set_title(f"layer {first_layer + layer}", fontsize=8, loc="left", pad=2)
     axes[-1].set_xlabel("expert", fontsize=8)
     figure.colorbar(shown, ax=list(axes), label="relative expert load")
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

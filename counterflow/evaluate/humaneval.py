@@ -118,6 +118,7 @@ def written(
 
 def kept(completions: Iterable[tuple[str, str]], path: Path) -> Iterator[tuple[str, str]]:
     """The completions, each written to a .jsonl file as it comes: a killed evaluation's can still be graded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for task, completion in completions:
             file.write(json.dumps({"task_id": task, "completion": completion}) + "\n")

@@ -1,6 +1,5 @@
 """The server's settings, and uvicorn with them: it listens, and ends what is under way before it stops."""
 
-import os
 import re
 import socket
 from dataclasses import dataclass
@@ -59,9 +58,9 @@ def listening(settings: ServerSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]  # Python adds the address to the system's words
         raise ConfigError(
-            f"{settings.host} port {settings.port} cannot be listened on ({os.strerror(error.errno or 0)}); choose "
-            "another port or host."
+            f"{settings.host} port {settings.port} cannot be listened on ({why}); choose another port or host."
         ) from None
 
 

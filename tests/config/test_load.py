@@ -224,6 +224,7 @@ def test_sources_that_cannot_be_are_refused_by_their_numbers(overrides, says):
         (["train.beta1=1"], "at least 0 and below 1"),
         (["train.weight_decay=-1"], "must be at least 0"),
         (["train.tokens=inf"], "must be a finite number"),
+        ([f"train.tokens=1{'0' * 400}"], "must be a finite number"),
         (["train.tokens=0", "train.minutes=0"], "a run has a length"),
         (["train.patience=-1"], "must be at least 0"),
         (["model.initializer_std=-1"], "must be above 0"),

@@ -54,3 +54,15 @@ def test_file_systems_without_locks_are_written_without(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("fcntl.flock", none)
     assert build_once(tmp_path / "made", lambda folder: (folder / "x").touch()).is_dir()
+
+
+def test_without_locks_nobody_takes_what_another_is_writing(tmp_path: Path, monkeypatch) -> None:
+    """Both write, and the first to end gives the folder; the other one's work is dropped, not an error."""
+    monkeypatch.setattr("counterflow.data.cache.lock", lambda *_: "no locks available")
+
+    def write(folder: Path) -> None:
+        build_once(tmp_path / "made", lambda other: (other / "x").write_text("second"))
+        (folder / "x").write_text("first")
+
+    assert (build_once(tmp_path / "made", write) / "x").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -12,7 +12,7 @@ from counterflow.config.run import Source
 from counterflow.data.corpus import open_corpus
 from counterflow.data.pack import fim_cut
 from counterflow.data.pieces import pieces
-from counterflow.data.shards import Shards, made_from, open_shards, tokenise
+from counterflow.data.shards import Shards, is_tokenised, made_from, open_shards, tokenise
 from counterflow.data.tokenizer import Tokenizer, open_tokenizer
 from counterflow.errors import DataError
 from tests.data.texts import folder, text
@@ -183,7 +183,9 @@ def test_kept_shards_that_are_damaged_are_made_again_or_named(made: Made) -> Non
     text = made_from(made.corpus, "train", made.tokenizer, 0.5)
     tokenise(text, made.cache, (0, 1))
     (growing,) = (made.cache / "shards").glob("*.growing")
-    (growing / "counted.json").write_bytes(b"{")
+    for damaged in ("{", '{"shards": null}'):
+        (growing / "counted.json").write_text(damaged)
+        assert not is_tokenised(text, made.cache)
     (growing / "lengths-00000.npy").write_bytes(b"")
     with pytest.raises(DataError, match=r"are damaged .* Delete the folder"):
         made.open()

@@ -69,7 +69,7 @@ def test_answers_of_others_are_graded(tmp_path, capsys):
 
 
 def test_texts_are_kept_as_they_come(tmp_path):
-    given, path = problems(), tmp_path / "texts.jsonl"
+    given, path = problems(), tmp_path / "new" / "texts.jsonl"
     coming = kept(empty(given), path)
     first = [next(coming), next(coming)]
     assert list(from_file(path, given)) == first == list(empty(given))[:2]

@@ -173,9 +173,12 @@ def test_the_commands_write_what_they_measure(folder, tokenizer, capsys):
     assert f"{expected:.4f} bits per byte" in capsys.readouterr().out
     assert main(["evaluate", "perplexity", text, "--run", one, "--window", "17"]) == 2
     assert "window is 17 and the model has 16 positions" in capsys.readouterr().err
-    assert main(["evaluate", "expert-load", f"code={text}", "--run", one, "--max_tokens", "30"]) == 0
-    assert (folder / "one" / "expert_load.png").is_file()
-    kept = json.loads((folder / "one" / "expert_load.json").read_text())
+    loads = ["evaluate", "expert-load", f"code={text}", "--run", one, "--max_tokens", "30", "--picture"]
+    assert main([*loads, str(folder / "load.bmp")]) == 2
+    assert "its name must end in .png, .svg, .pdf" in capsys.readouterr().err
+    assert main([*loads, str(folder / "new" / "load.png")]) == 0
+    assert (folder / "new" / "load.png").is_file()
+    kept = json.loads((folder / "new" / "load.json").read_text())
     assert kept["first_layer"] == 1 and sum(kept["domains"]["code"]["counts"][0]) == 90
     capsys.readouterr()
     words = ["evaluate", "binoculars", text, "--observer", one, "--performer", str(folder / "two")]

@@ -453,3 +453,5 @@ def test_unsafe_settings_are_refused(wrong, says):
 def test_a_port_that_is_taken_is_named(toy):
     with pytest.raises(ConfigError, match=f"127.0.0.1 port {toy.port} cannot be listened on"):
         listening(ServerSettings(port=toy.port))
+    with pytest.raises(ConfigError, match=r"cannot be listened on \((?!Unknown)"):
+        listening(ServerSettings(host="nowhere.invalid", api_key="key"))
