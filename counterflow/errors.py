@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, requires
 
+LONGEST = 1000
+"""Characters of a line that an error says."""
+
 
 class CounterflowError(Exception):
     """A user's error: its text is all that the command line prints."""
@@ -17,6 +20,15 @@ class CounterflowError(Exception):
     exit_code = 2
     shared = False
     """Whether every rank raises it, so that one need say it."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__("\n".join(map(brief, text.split("\n"))))
+
+
+def brief(line: str) -> str:
+    """A line that may quote what somebody gave, of any length: the middle of a long one is left out."""
+    half = LONGEST // 2
+    return line if len(line) <= LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 class ConfigError(CounterflowError):

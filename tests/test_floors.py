@@ -18,6 +18,7 @@ FLOORS = {
     "errors": -2,
     "units": -2,
     "machine": -2,
+    "notation": -2,
     "progress": -1,
     "interrupt": -1,
     "config": 0,
@@ -46,7 +47,7 @@ ALONE = {
     "uvicorn": "serve",
 }
 """Libraries that one room alone imports."""
-STANDARD_ONLY = ("errors", "units", "machine", "interrupt", "config", "schedule")
+STANDARD_ONLY = ("errors", "units", "notation", "machine", "interrupt", "config", "schedule")
 TORCH_FREE = (*STANDARD_ONLY, "plan")
 
 pytestmark = pytest.mark.pure

@@ -76,8 +76,7 @@ SMALL = replace(
 
 def small_model(stages: int, depth: int, seed: int = 0, **sizes: Any) -> Transformer:
     """A random model with a unit for every one of `stages` stages, gains and biases off their starting values."""
-    layers = max(3, stages - 2)
-    model = Transformer(replace(SMALL, num_layers=layers, num_mtp_modules=depth, **sizes))
+    model = Transformer(replace(SMALL, num_layers=num_layers(stages), num_mtp_modules=depth, **sizes))
     initialise(model, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -87,6 +86,11 @@ def small_model(stages: int, depth: int, seed: int = 0, **sizes: Any) -> Transfo
                     torch.randn(value.shape, generator=generator), alpha=0.05 if "bias" in name else 0.2
                 )
     return model
+
+
+def num_layers(stages: int) -> int:
+    """Of a small model with a unit for every stage."""
+    return max(3, stages - 2)
 
 
 def draw(generator: random.Random, backends: Sequence[str] = ("collective", "two_hop")) -> tuple[Layout, int]:
@@ -99,7 +103,8 @@ def draw(generator: random.Random, backends: Sequence[str] = ("collective", "two
     allowed = SCHEDULES[name].allowed(ranks)
     microbatches = max(ranks, allowed.start) + generator.randrange(3) * max(2, allowed.step)
     data_ranks = generator.choice((1, 1, 2, 3))
-    placement = random_placement(generator, stages, depth) if generator.random() < 0.5 else ""
+    layers = num_layers(stages)
+    placement = random_placement(generator, stages, layers, depth) if generator.random() < 0.5 else ""
     layout = Layout(
         name,
         ranks,
@@ -129,9 +134,9 @@ def with_shared_experts(generator: random.Random, layout: Layout, backends: Sequ
     )
 
 
-def random_placement(generator: random.Random, stages: int, depth: int) -> str:
-    """The units of `small_model(stages, depth)` cut anywhere."""
-    words = ["embed", *["1"] * max(3, stages - 2), "head", *["1mtp"] * depth]
+def random_placement(generator: random.Random, stages: int, layers: int, depth: int) -> str:
+    """The units of a model of so many layers and MTP modules, cut anywhere."""
+    words = ["embed", *["1"] * layers, "head", *["1mtp"] * depth]
     cuts = sorted(generator.sample(range(1, len(words)), stages - 1))
     return " | ".join(" ".join(words[a:b]) for a, b in zip([0, *cuts], [*cuts, len(words)]))
 

@@ -6,7 +6,7 @@ module is imported when it is called. Users' errors end here as one line on stde
 
 import errno
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from io import TextIOWrapper
 from keyword import iskeyword
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal has every character
     with ends_at_once():
-        return _answered(words)
+        return answered(lambda: _call(words))
 
 
 def at_home(word: str) -> str:
@@ -66,9 +66,10 @@ def at_home(word: str) -> str:
     return f"{key}{equals}{expanduser(value)}" if key not in TEXTS else word
 
 
-def _answered(words: list[str]) -> int:
+def answered(act: Callable[[], int]) -> int:
+    """The exit code that `act` gives; what a user can cause is said in one line on stderr, and its code given."""
     try:
-        return _call(words)
+        return act()
     except CounterflowError as error:
         say(f"counterflow: {error}", sys.stderr)
         return error.exit_code

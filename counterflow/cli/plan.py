@@ -20,6 +20,7 @@ from counterflow.cli.files import write
 from counterflow.config.load import load_run, settings
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError, nearest
+from counterflow.notation import from_json
 from counterflow.plan import tables
 from counterflow.plan.answer import answer
 from counterflow.plan.hardware import Hardware, fast_precision, hardware
@@ -239,6 +240,6 @@ def _numbers(found: Any) -> tuple[float, ...]:
 def read_json(name: str) -> Any:
     """What a JSON file holds.   Fails: ConfigError."""
     try:
-        return json.loads(Path(name).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        return from_json(Path(name).read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"'{name}' cannot be read as JSON ({error}).") from None

@@ -7,7 +7,6 @@ RunConfig holds.
 """
 
 import dataclasses
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from counterflow.config.run import RunConfig
 from counterflow.config.runs import RUNS
 from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError, nearest
+from counterflow.notation import from_toml
 
 CHANGES = "changes"
 """In a run.toml: what was another setting until some step; a record, and no setting."""
@@ -159,12 +159,12 @@ def _named(name: Any, table: Mapping[str, Any], what: str) -> Any:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return from_toml(path.read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give a .toml file or a run's name."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
 
 
@@ -178,8 +178,8 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        document = tomllib.loads(f"value = {text}")
-    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
+        document = from_toml(f"value = {text}")
+    except ValueError:
         return text
     return document["value"] if len(document) == 1 else text
 

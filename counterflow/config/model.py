@@ -15,6 +15,8 @@ from counterflow.errors import ConfigError, nearest
 
 MOST, MOST_LAYERS = 2**31 - 1, 2**12
 """Of any size: beyond them are damaged files, whose layers would be counted for ever."""
+LARGEST = 2**56
+"""Numbers of a matrix: beyond any memory, and few enough for their bytes to be counted."""
 AUXILIARY_LOSSES = ("none", "switch", "gshard")
 
 
@@ -108,6 +110,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}; it must be above 0.")
         _require(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}", "it must be above 1")
         self._check_sizes()
+        self._check_matrices()
         if self.balance.auxiliary not in AUXILIARY_LOSSES:
             hint = nearest(self.balance.auxiliary, AUXILIARY_LOSSES)
             raise ConfigError(f"model.balance.auxiliary is '{self.balance.auxiliary}'; {hint}")
@@ -144,6 +147,17 @@ class ModelConfig:
             f"model.num_experts_per_token is {self.num_experts_per_token}",
             f"{self.num_limited_groups} groups of {self.experts_per_group} experts offer {reachable}: lower "
             "it or raise model.num_limited_groups",
+        )
+
+    def _check_matrices(self) -> None:
+        experts = 2 * self.moe_intermediate_size * (self.num_routed_experts + self.num_shared_experts)
+        heads = self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        widest = max(self.vocab_size, self.dense_intermediate_size, experts, heads)
+        inner = max(self.hidden_size, self.q_lora_rank, self.kv_lora_rank)
+        _require(
+            widest * inner <= LARGEST,
+            f"model has a matrix of {widest} × {inner}",
+            "no memory holds it: correct its sizes",
         )
 
     @property

@@ -5,7 +5,6 @@ that is in none of the tables here: a loader that skips what it does not know gi
 key that is null counts as not given.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -13,6 +12,7 @@ from typing import Any, cast, get_type_hints
 from counterflow.config.model import ModelConfig, Yarn
 from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError
+from counterflow.notation import from_json
 
 NAMES: Mapping[str, str] = {
     "vocab_size": "vocab_size",
@@ -300,12 +300,12 @@ def read_released(path: Path) -> ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """What a `config.json` holds.   Fails: ConfigError."""
     try:
-        released = json.loads(path.read_text(encoding="utf-8-sig"))
+        released = from_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be read ({error.strerror}); give the path of a config.json."
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(
             f"{path} is not JSON ({error}); give the config.json of a released checkpoint."
         ) from None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from counterflow.convert import fp8
 from counterflow.errors import CheckpointError
-from counterflow.units import bytes_
+from counterflow.notation import from_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,16 +68,15 @@ class Shards:
         """
         self.folder = folder
         self.scale_kinds = NUMBERS | {"F8_E8M0"} | ({"U8"} if exponents else set())
-        index = _index(folder)
-        self.crcs: dict[str, int] = index.get("metadata", {}).get("crc32", {})
+        index, self.crcs = _index(folder)
         self.places: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of the weights, shard by shard; scales are not weights."""
         self._open: dict[str, Any] = {}
         self._stack = ExitStack()
         self._scales: dict[str, tuple[int, ...]] = {}
-        for file in dict.fromkeys(index["weight_map"].values()):
-            self._survey(file, {name for name, place in index["weight_map"].items() if place == file})
+        for file in dict.fromkeys(index.values()):
+            self._survey(file, {name for name, place in index.items() if place == file})
         for name, shape in self._scales.items():
             self._require_scale(name, shape)
 
@@ -151,14 +150,13 @@ class Shards:
 
     def _map(self, file: str, stack: ExitStack) -> Any:
         path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {INDEX} names it: fetch that shard.")
         try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; {INDEX} names it: fetch that shard.")
             return stack.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{path} ({bytes_(path.stat().st_size)}) is no whole safetensors file ({error}); fetch that shard "
-                "anew."
+                f"{path} is no whole safetensors file ({error}); fetch that shard anew."
             ) from None
 
     def _require_crc(self, file: str) -> None:
@@ -174,8 +172,11 @@ def _weight_of(scale: str) -> str:
     return scale.removesuffix(fp8.SCALE) + "weight"
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    """The index; a folder with one unsharded file has none and gets one from its header."""
+def _index(folder: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """The file of each tensor and the CRC of each file, if it is known; a folder with one unsharded file has no index.
+
+    Fails: CheckpointError.
+    """
     path = folder / INDEX
     if not path.is_file():
         single = folder / SINGLE
@@ -185,17 +186,18 @@ def _index(folder: Path) -> dict[str, Any]:
             )
         try:
             with safe_open(single, framework="pt") as shard:
-                return {"weight_map": dict.fromkeys(shard.keys(), SINGLE)}
+                return dict.fromkeys(shard.keys(), SINGLE), {}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{single} is no whole safetensors file ({error}); fetch it anew."
             ) from None
     try:
-        index = json.loads(path.read_text(encoding="utf-8-sig"))
-        if all(isinstance(file, str) for file in index["weight_map"].values()):
-            return index
+        index = from_json(path.read_bytes())
+        files, crcs = index["weight_map"], (index.get("metadata") or {}).get("crc32") or {}
+        if all(isinstance(file, str) for file in files.values()):
+            return files, dict(crcs)
         found = "its weight_map holds no file names"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = str(error) or type(error).__name__
     raise CheckpointError(f"{path} is no index of shards ({found}); fetch it anew.")
 

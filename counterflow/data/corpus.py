@@ -12,7 +12,6 @@ file is added. Where hashing leaves one side empty (a single book, a handful of 
 document is held out.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from counterflow.data.cache import build_once, key_of
 from counterflow.data.files import LINES, TEXT, files, form
 from counterflow.data.lines import decoded, opened, rows
 from counterflow.errors import DataError, nearest
+from counterflow.notation import sealed, unsealed
 from counterflow.progress import watched
 
 VERSION = 1
@@ -94,11 +94,9 @@ def open_corpus(source: Source, share: float, cache: Path) -> Corpus:
     Fails: DataError if there is no text, or none on one of the two sides.
     """
     folder = survey_folder(source, share, cache)
-    build_once(
-        folder, lambda new: (new / "survey.json").write_text(json.dumps(asdict(survey(source, share))))
-    )
+    build_once(folder, lambda new: (new / "survey.json").write_text(sealed(asdict(survey(source, share)))))
     try:
-        found = Survey(**json.loads((folder / "survey.json").read_text()))
+        found = Survey(**unsealed((folder / "survey.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{folder} is damaged ({error}); delete that folder, it is rebuilt.") from error
     return Corpus(source, share, found)

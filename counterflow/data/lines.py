@@ -5,7 +5,6 @@ beside the text that is asked for does not matter, so whole numbers of any lengt
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from counterflow.errors import DataError, installing
+from counterflow.notation import from_json
 
 MARK = "\ufeff"
 """Of UTF-8 at a file's start, which some writers set."""
 GZIP, ZSTD = PACKED = (".gz", ".zst")
-LONGEST = 4000
-"""Digits of a number that is read exactly; Python's limit is 4,300."""
 
 
 def rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -77,14 +75,8 @@ def decoded(raw: bytes, where: str, offset: int) -> str:
 
 def _row(line: str, where: str) -> Any:
     try:
-        return json.loads(line, parse_int=_whole)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deep" if isinstance(error, RecursionError) else error
+        return from_json(line)
+    except ValueError as error:
         raise DataError(
-            f"{where} is not JSON ({why}); .jsonl holds one object a line. Mend or drop that line."
+            f"{where} is not JSON ({error}); .jsonl holds one object a line. Mend or drop that line."
         ) from None
-
-
-def _whole(digits: str) -> int | float:
-    """A number longer than Python reads as an int is infinity: it is skipped, as any number is."""
-    return int(digits) if len(digits) < LONGEST else float(digits)

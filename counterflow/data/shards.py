@@ -32,6 +32,7 @@ from counterflow.data.pack import fim_cut
 from counterflow.data.pieces import pieces
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import DataError
+from counterflow.notation import from_json, sealed, unsealed
 from counterflow.progress import Progress, sized
 from counterflow.units import bytes_
 
@@ -171,7 +172,7 @@ def _growing(folder: Path) -> Path:
 def _are_there(growing: Path, share: tuple[int, int]) -> bool:
     """Whether a share of the shards is made, and how many there are is known."""
     try:
-        shards = range(json.loads((growing / COUNTED).read_text())["shards"])
+        shards = range(from_json((growing / COUNTED).read_bytes())["shards"])
     except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged
         return False
     return all((growing / _tokens(number)).is_file() for number in shards[share[0] :: share[1]])
@@ -288,7 +289,7 @@ def _batches(items: Iterable[str | Sign]) -> Iterator[tuple[list[str | Sign], in
 
 def _finish(growing: Path, made: Made) -> None:
     """The boundaries of all documents, and the manifest."""
-    counted = json.loads((growing / COUNTED).read_text())
+    counted = from_json((growing / COUNTED).read_bytes())
     numbers = range(counted["shards"])
     try:
         lengths = [np.load(growing / _lengths(number), allow_pickle=False) for number in numbers]
@@ -310,7 +311,7 @@ def _finish(growing: Path, made: Made) -> None:
         "files": {name: _measure(growing / name) for name in [*shards, "documents.npy"]},
     }
     with _whole(growing / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2).encode())
+        file.write(sealed(manifest).encode())
 
 
 def _clear(folder: Path) -> None:
@@ -323,7 +324,7 @@ def _clear(folder: Path) -> None:
 def load(folder: Path) -> Shards:
     """A written folder, checked. Fails: DataError naming the file that is missing, truncated or altered."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = unsealed((folder / MANIFEST).read_bytes())
         shards, files = manifest["shards"], manifest["files"]
         for name, (size, crc) in files.items():
             _verify(folder / name, size, crc)
@@ -331,7 +332,7 @@ def load(folder: Path) -> Shards:
         offsets = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
         starts = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
         return Shards(tokens, starts, offsets, manifest["text_bytes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"token shards in {folder} cannot be read ({error}). {_remedy(folder)}") from error
 
 

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
 from counterflow.errors import DataError
+from counterflow.notation import from_json
 
 TOKENIZER, TIKTOKEN = "tokenizer.json", "tiktoken.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -76,8 +77,8 @@ def _table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        table = from_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is not JSON ({error}); fetch it anew.") from None
     if not isinstance(table, dict):
         raise DataError(f"{path} holds no JSON object; fetch it anew.")

@@ -5,7 +5,6 @@ each says whether it was published, measured or fitted. Nothing else in the plan
 kernel times by shape, which is exact for one card and one release and says nothing of the next.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from counterflow.config.scalar import scalar
 from counterflow.errors import ConfigError, nearest
+from counterflow.notation import from_toml
 
 Part = TypeVar("Part")
 GB, GIB = 1e9, 2.0**30
@@ -311,10 +311,10 @@ def _named(name: str, table: Mapping[str, Part], what: str) -> Part:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return from_toml(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give a hardware .toml file.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}; correct that line.") from None
 
 

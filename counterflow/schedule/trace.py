@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from counterflow.errors import ScheduleError
+from counterflow.notation import from_json
 from counterflow.schedule.words import PRIME, Cell, Chunk, Kind, Lane, Op, Part, Span, StageId
 
 LANES = tuple(Lane)
@@ -68,8 +69,8 @@ def _said(cell: Cell) -> dict[str, Any]:
 def read(text: str) -> list[Span]:
     """The spans that `write` wrote.   Fails: ScheduleError naming the event that is none."""
     try:
-        trace = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        trace = from_json(text)
+    except ValueError as error:
         raise ScheduleError(f"the trace is no JSON ({error}); counterflow writes one with --trace.") from None
     events = trace.get("traceEvents") if isinstance(trace, dict) else trace
     if not isinstance(events, Sequence) or isinstance(events, str):

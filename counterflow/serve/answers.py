@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from counterflow.data.tokenizer import Tokenizer
+from counterflow.errors import brief
 from counterflow.infer.request import TokenLogprob
 from counterflow.serve.desk import Written
 
@@ -153,6 +154,6 @@ def usage(prompts: list[list[int]], choices: Sequence[Choice]) -> dict[str, int]
 
 
 def failure(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's form of an error. It may quote what cannot be written as UTF-8, so that is replaced."""
-    message = message.encode(errors="replace").decode()
+    """OpenAI's form of an error. It may quote what cannot be written as UTF-8, so that is replaced, or is long."""
+    message = brief(message).encode(errors="replace").decode()
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

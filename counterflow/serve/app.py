@@ -80,8 +80,7 @@ class Service:
         self.require_model(asked)
         prompts, sampling = asked.prompts(self.tokenizer), asked.settings(self.tokenizer.ends)
         form = CompletionForm(self.name, self.tokenizer, asked.logprobs is not None)
-        echoes = [self.tokenizer.decode(prompt, specials=False) if asked.echo else "" for prompt in prompts]
-        return await self.respond(asked, form, prompts, echoes, sampling, request)
+        return await self.respond(asked, form, prompts, asked.echo, sampling, request)
 
     async def chat(self, asked: ChatAsked, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -89,7 +88,7 @@ class Service:
         prompts = asked.prompts(self.chats)
         sampling = asked.settings(self.tokenizer.ends, self.engine.batch.positions, self.chats)
         form = ChatForm(self.name, self.tokenizer, asked.logprobs)
-        return await self.respond(asked, form, prompts, [""], sampling, request)
+        return await self.respond(asked, form, prompts, False, sampling, request)
 
     async def models(self) -> dict[str, Any]:
         """GET /v1/models."""
@@ -128,7 +127,7 @@ class Service:
         asked: Asked,
         form: Form,
         prompts: list[list[int]],
-        echoes: list[str],
+        echo: bool,
         sampling: Sampling,
         request: Request,
     ) -> Response:
@@ -136,7 +135,10 @@ class Service:
         asked.require_room(prompts, self.engine.batch.positions)
         sampling = replace(sampling, stop_tokens=self.tokenizer.ends_with(sampling.stop))
         ticket = self.worker.submit(prompts, sampling, asked.n)
-        order = [(prompt, echo) for prompt, echo in zip(prompts, echoes, strict=True) for _ in range(asked.n)]
+        echoes = [
+            self.tokenizer.decode(prompt) if echo else "" for prompt in prompts
+        ]  # whose tokens are known now
+        order = [(prompt, text) for prompt, text in zip(prompts, echoes) for _ in range(asked.n)]
         choices = [Choice(index, prompt, echo) for index, (prompt, echo) in enumerate(order)]
         if asked.stream:
             wants_usage = asked.stream_options is not None and asked.stream_options.include_usage

@@ -7,7 +7,6 @@ remedies for a run that diverges or runs out of memory refuse themselves.
 """
 
 import dataclasses
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 from counterflow.config.load import CHANGES, literal, settings
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError
+from counterflow.notation import from_toml
 from counterflow.train.folder import RUN_TOML
 
 TAKEN_UP: Mapping[str, str] = {
@@ -92,7 +92,7 @@ def changes(before: RunConfig, run: RunConfig, folder: Path, step: int) -> list[
 def recorded(folder: Path) -> list[Change]:
     """The changes that a run's run.toml keeps.   Fails: ConfigError where they are not as they were written."""
     path = folder / RUN_TOML
-    kept = tomllib.loads(path.read_text("utf-8")).get(CHANGES, []) if path.is_file() else []
+    kept = from_toml(path.read_bytes()).get(CHANGES, []) if path.is_file() else []
     try:
         found = [Change(**row) for row in kept]
         if all(list(map(type, change)) == [int, str, str, str] for change in found):

@@ -16,6 +16,7 @@ from typing import Any
 
 from counterflow.errors import CheckpointError
 from counterflow.machine import cores
+from counterflow.notation import from_json
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22
@@ -107,11 +108,11 @@ def crc_of(path: Path) -> int:
 def _read(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = from_json(file.read_bytes())
         whole = manifest["crc32"] == _own_crc(manifest["files"], manifest["state"])
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); {_instead(path)}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole, manifest = False, {}
     if not whole:
         raise CheckpointError(f"{file} is corrupt: it is not as it was written; {_instead(path)}")

@@ -22,6 +22,7 @@ from typing import Any
 
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError
+from counterflow.notation import from_json
 from counterflow.progress import sized
 from counterflow.units import count
 
@@ -31,7 +32,7 @@ MOST_LOADS = 2**24
 """Numbers that a run's lines have of its experts' loads, a hundred megabytes, however long and large it is."""
 BY_LAYER = ("load", "load_entropy", "dead_experts")
 """What a step says of each layer, which makes most of its line."""
-FIRST = re.compile(rb'\{"step": (\d+)[,}]')
+FIRST = re.compile(rb'\{"step": (\d{1,18})[,}]')
 """How a line begins, so that its step is known without reading all of it."""
 
 
@@ -43,7 +44,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     with path.open("rb") as lines:
         for line in lines:
             with suppress(ValueError):
-                row = json.loads(line)
+                row = from_json(line)
                 if isinstance(row, dict) and {"step", "tokens"} <= row.keys():
                     yield row
 

@@ -7,15 +7,16 @@ language, for a page of seven functions.
 """
 
 import html
-import json
 import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from counterflow.notation import from_json
 from counterflow.train import chart
 from counterflow.train.changes import recorded
 from counterflow.train.metrics import read_light
@@ -79,7 +80,8 @@ def open_run(folder: Path) -> Run:
 def _origins(folder: Path) -> Iterator[tuple[int, Mapping[str, str]]]:
     for path in folder.glob("provenance*.json"):
         if name := re.fullmatch(r"provenance(?:-(\d+))?", path.stem):
-            yield int(name[1] or 0), json.loads(path.read_text("utf-8"))
+            with suppress(ValueError):
+                yield int(name[1] or 0), from_json(path.read_bytes())
 
 
 def write_report(folder: Path) -> Path:

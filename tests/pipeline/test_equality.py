@@ -1,6 +1,6 @@
 """One step under every schedule against the plain loop.
 
-`bench/fuzz_equality.py` draws hundreds more, and its `--grid` has every schedule on 2 to 16 ranks at every depth.
+`python -m bench.campaign layouts` draws hundreds more.
 """
 
 import random

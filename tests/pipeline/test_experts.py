@@ -1,4 +1,4 @@
-"""One step with shared experts under schedules, in float64; `bench/fuzz_equality.py` draws many more."""
+"""One step with shared experts under schedules, in float64; `python -m bench.campaign layouts` draws many more."""
 
 import random
 

@@ -286,7 +286,7 @@ def test_without_a_key_loopbacks_names_alone_are_answered(toy, host):
 
 
 def test_a_storm_of_requests_good_and_bad_loses_none(toy):
-    """45 good ones and 105 bad ones, twenty at a time; `bench/storm.py` asks more."""
+    """45 good ones and 105 bad ones, twenty at a time; `python -m bench.campaign requests` asks more."""
     bad = list(WRONG.values())
     dice = random.Random(0)
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import signal
 import sys
 import time
@@ -150,32 +149,6 @@ def reach(folder: Path, step: int) -> None:
     while len(read(folder / "run")) < step:
         assert time.monotonic() < deadline, f"step {step} does not come"
         time.sleep(0.002)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, tmp_path):
-    """SIGKILL, also while a checkpoint is written: every tensor bit for bit, and never one that does not load.
-    `bench/kills.py` kills more often."""
-    dice, kept = random.Random(time.time_ns()), Checkpoints(tmp_path / "run" / CHECKPOINTS, 9)
-    for step in (0, 4, 8, 12):
-        process = started(tmp_path, "keep.checkpoint_every=1")
-        reach(tmp_path, step)
-        time.sleep(dice.uniform(0.0, 0.1))
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-        for step in kept.steps():
-            kept.verify(step)
-    assert counterflow(tmp_path, "keep.checkpoint_every=1") == 0
-    assert different(final_state(tmp_path), final_state(whole)) == []
-    timeless = [
-        [
-            {key: value for key, value in row.items() if not key.endswith(("_s", "seconds", "_bytes"))}
-            for row in read(folder)
-        ]
-        for folder in (tmp_path / "run", whole / "run")
-    ]
-    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
