@@ -11,7 +11,7 @@ CASES = {
     "layouts": (11, 2),
     "kills": (0, 2),
     "corruption": (0, 120),
-    "commands": (0, 5),
+    "commands": (0, 2),
     "requests": (0, 150),
     "http": (0, 40),
 }
