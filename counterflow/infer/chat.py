@@ -143,15 +143,18 @@ class Templated:
         return [*self.ids(written, opened, closed)]
 
     def fenced(self, text: str, opened: str, closed: str) -> str:
-        """The text with fences around the control tokens that it spells, and one inside what its ends could make of
-        them with the text before or behind."""
+        """The text with fences around the control tokens that it spells, and one at an end that could make one with the
+        text before or behind: within white space there, which a template may strip."""
         text = re.sub(self.spelt, lambda found: f"{opened}{found[0]}{closed}", text)
-        lengths = range(1, self.longest)
-        if any(text[-length:] in self.heads for length in lengths):
-            text = text[:-1] + closed + text[-1]
-        if any(text[:length] in self.tails for length in lengths):
-            text = text[0] + opened + text[1:]
-        return text
+        lengths, bare = range(1, self.longest), text.strip()
+        if not bare:
+            return text
+        before, _, behind = text.partition(bare)
+        if any(bare[-length:] in self.heads for length in lengths):
+            behind = closed + behind
+        if any(bare[:length] in self.tails for length in lengths):
+            before += opened
+        return before + bare + behind
 
     def ids(self, written: str, opened: str, closed: str) -> Iterator[int]:
         """Of what the template wrote: its control tokens, and the texts between them without fences."""

@@ -1,6 +1,7 @@
 """Conversations become prompts by the folder's template, marks or words; nothing that a message spells is a token."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer as Bpe
 from counterflow.data.tokenizer import Tokenizer, load
 from counterflow.data.tokenizer_files import Beside, beside
 from counterflow.errors import DataError, RequestError
-from counterflow.infer.chat import chat_of, longest_of
+from counterflow.infer.chat import Templated, chat_of, longest_of
 from tests.data.test_tokenizer import learnt
 
 CONTROLS = ("<｜User｜>", "<｜Assistant｜>", "</think>", "<think>")
@@ -94,6 +95,15 @@ def test_no_message_spells_a_control_token(tokenizer: Tokenizer, texts: list[str
     assert found == [END, "<｜User｜>", "<｜User｜>", "<｜Assistant｜>", "</think>"]
     text = tokenizer.decode([one for one in ids if one not in controls])
     assert text == texts[0] + texts[1] + texts[2].strip() + texts[3].strip()
+
+
+def test_one_character_is_enough_to_guard(tokenizer: Tokenizer) -> None:
+    """A control token `<<` was read out of a message's `<` and the template's `<｜User｜>`."""
+    bpe = Bpe.from_str(tokenizer.bpe.to_str())
+    bpe.add_tokens([AddedToken("<<", special=True, normalized=False)])
+    of_two = Templated(replace(tokenizer, bpe=bpe), "{{ messages[0].content.strip() }}<｜User｜>")
+    ids = of_two.prompt([turn("user", "a< ")])
+    assert [bpe.id_to_token(one) for one in ids] == ["a", "<", "<｜User｜>"]
 
 
 def test_a_template_that_refuses_or_fails_is_a_refused_request(tokenizer: Tokenizer) -> None:
