@@ -71,7 +71,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
 
-    from counterflow.comm import DISPATCHERS
+    from counterflow.comm import open_dispatcher
     from counterflow.comm.dispatch import Route, Terms
     from counterflow.comm.mesh import Mesh
     from counterflow.comm.peers import process_peers
@@ -92,7 +92,7 @@ def rank_main(arguments: argparse.Namespace) -> None:
         for way in WAYS:
             given, route = (x.repeat_interleave(arguments.top, 0), single) if way == WAYS[0] else (x, whole)
             name = "two_hop" if way == WAYS[2] else "collective"
-            dispatcher = DISPATCHERS[name](peers, Terms(arguments.experts))
+            dispatcher = open_dispatcher(name, peers, Terms(arguments.experts))
             dist.barrier()
             start = time.perf_counter()
             arrived = dispatcher.dispatch(given, route).wait()

@@ -1,4 +1,4 @@
-"""The table of schedules: a file and a row add one, and nothing asks for a row by its name."""
+"""The tables of schedules and of dispatch backends: a file and a row add one, nothing asks for one by name."""
 
 import ast
 import os
@@ -11,22 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from counterflow.config.backends import BACKENDS
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.method import Method
 from tests.train.runs import overrides
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "counterflow"
-HOMES = dict.fromkeys(SCHEDULES, "schedule/__init__.py")
+HOMES = dict.fromkeys(SCHEDULES, "schedule/__init__.py") | dict.fromkeys(BACKENDS, "config/backends.py")
 """Where a row is."""
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "config/run.py": ("dualpipe",),
+    "config/run.py": ("dualpipe", "collective"),
     "plan/published.py": ("dualpipe", "interleaved-1f1b"),
-    "benchmark/several_parts.py": ("dualpipe", "dualpipev", "zb1p", "1f1b"),
+    "benchmark/pair.py": ("nvlink",),
+    "benchmark/rates.py": ("nvlink",),
+    "benchmark/several_parts.py": ("dualpipe", "dualpipev", "zb1p", "1f1b", "nvlink", "collective"),
 }
-"""Files that choose a row by name and ask nothing: a setting's default, a published run, what a benchmark shows."""
-
-NAMED = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, HOMES))})(?![\w-])")
+"""Files that choose a row by name and ask nothing: a setting's default, a published run, what a benchmark shows; in
+rates a link's efficiency has a backend's name."""
+WORDS = ("local", "collective")
+"""Names that are words as well: looked for as whole strings."""
+NAMED = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, HOMES.keys() - set(WORDS)))})(?![\w-])")
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
@@ -40,12 +45,13 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
 
 def named(text: str) -> set[str]:
     """The rows that a string names."""
-    return set(NAMED.findall(text))
+    return {text} if text in WORDS else set(NAMED.findall(text))
 
 
 def own_file(name: str) -> str:
-    """The file of a row's rule."""
-    return SCHEDULES[name].rule.__module__.removeprefix("counterflow.").replace(".", "/") + ".py"
+    """The file of a row's rule or backend."""
+    module = BACKENDS[name].opens.split(":")[0] if name in BACKENDS else SCHEDULES[name].rule.__module__
+    return module.removeprefix("counterflow.").replace(".", "/") + ".py"
 
 
 @pytest.mark.pure
@@ -95,9 +101,17 @@ def gpipe(ranks, microbatches, stages_per_rank=None):
     rows = [tuple((Chunk(kind, StageId(0, rank), mb),) for kind, mb in kinds) for rank in range(ranks)]
     return Schedule("gpipe", ranks, tuple(rows))
 """
+BACKEND = """
+from counterflow.comm.hop import Hop
+from counterflow.comm.relay import Relay
+
+
+def flat(peers, terms):
+    return Relay([Hop(peers.whole, terms.experts // peers.whole.size, terms.fp8)])
+"""
 USED = """
 import sys
-from counterflow.benchmark import equality
+from counterflow.benchmark import equality, equality_experts
 from counterflow.cli import main
 from counterflow.schedule import SCHEDULES
 from counterflow.schedule.check import check
@@ -106,11 +120,14 @@ from counterflow.schedule.text import from_text, to_text
 one = check(SCHEDULES["gpipe"](2, 4))
 assert from_text(to_text(one)) == one
 assert equality.compare(equality.Layout("gpipe", 2, 4), equality.small_model(2, 1))["exact"] == 0.0
+both = equality.Layout("gpipe", 2, 4, 2, expert=2, dispatch="flat")
+assert equality_experts.compare(both, equality.small_model(2, 1).double()) < equality_experts.BOUND
 for words in (
     ["schedule", "gpipe", "1f1b", "--ranks", "4"],
     ["schedule", "gpipe", "--ranks", "2", "--microbatches", "4"],
-    ["plan", "tiny", "--gpus", "4", "--schedule", "gpipe"],
     ["plan", "tiny", "--gpus", "4"],
+    ["plan", "tiny", "parallel.dispatch=flat", "--gpus", "4", "--schedule", "gpipe", "--expert", "2", "--launch", "it"],
+    ["train", "it/run.toml", "--dry-run"],
     ["train", "tiny", *sys.argv[1:]],
 ):
     assert main(words) == 0, words
@@ -123,26 +140,34 @@ def package(tmp_path):
     copy = tmp_path / "counterflow"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "schedule" / "gpipe.py").write_text(SCHEDULE)
-    add_row(copy / "schedule" / "__init__.py", "SCHEDULES", '"gpipe": Method(gpipe.gpipe),', "gpipe")
+    (copy / "comm" / "flat.py").write_text(BACKEND)
+    table = copy / "schedule" / "__init__.py"
+    table.write_text(table.read_text().replace("schedule import dual", "schedule import dual, gpipe", 1))
+    add_row(table, '"gpipe": Method(gpipe.gpipe),')
+    add_row(copy / "config" / "backends.py", '"flat": Backend("counterflow.comm.flat:flat"),')
     return tmp_path
 
 
-def add_row(file: Path, table: str, row: str, imported: str) -> None:
-    """A row at the head of a table, with the import of its rule."""
-    text = file.read_text()
-    head = re.search(rf"^{table}: .* = {{$", text, re.M)[0]
-    text = text.replace(
-        "from counterflow.schedule import ", f"from counterflow.schedule import {imported}, ", 1
-    )
-    file.write_text(text.replace(head, f"{head}\n    {row}", 1))
+def add_row(file: Path, row: str) -> None:
+    """A row at the head of a file's table."""
+    head = re.compile(r"^[A-Z]+: Mapping\[.*\] = {$", re.M)
+    text, found = head.subn(lambda match: f"{match[0]}\n    {row}", file.read_text())
+    assert found == 1
+    file.write_text(text)
 
 
 @pytest.mark.slow
-def test_one_file_and_one_row_add_a_schedule(package):
-    """It is shown, planned with and trained with, and equal to the plain loop."""
-    words = ("parallel.pipeline=2", "parallel.schedule=gpipe", "train.micro_batch_size=1", "train.steps=2")
+def test_a_file_and_a_row_add_a_schedule_and_a_backend(package):
+    """They are shown, planned and trained with, and equal to the plain loop."""
+    ranks = ("parallel.pipeline=2", "parallel.data=2", "parallel.expert=2")
+    rows = ("parallel.schedule=gpipe", "parallel.dispatch=flat")
     done = subprocess.run(
-        [sys.executable, "-c", USED, *overrides(package, *words)],
+        [
+            sys.executable,
+            "-c",
+            USED,
+            *overrides(package, *ranks, *rows, "train.micro_batch_size=1", "train.steps=2"),
+        ],
         cwd=package,
         env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -18,13 +18,14 @@ from counterflow.benchmark.processes import NO_LINK, share_a_gpu
 from counterflow.benchmark.rounds import Rounds, middle
 from counterflow.benchmark.routings import drawn
 from counterflow.benchmark.vdev import vdev_2d
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Dispatcher, Route, Terms
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
+from counterflow.config.backends import BACKENDS, backends
+from counterflow.config.run import Parallel
 from counterflow.errors import CounterflowError
 
-OWN_KERNELS = ("nvlink", "copy_engine")
 SCALE = 128
 """Numbers that share a scale in FP8."""
 
@@ -80,15 +81,16 @@ class Contender:
 def contenders(wish: AllToAll, mesh: Mesh) -> list[Contender]:
     """Every backend with every budget that means something to it, in bf16 and, where it can, FP8."""
     found = []
-    for name in wish.backends or DISPATCHERS:
-        if (name == "local" and mesh.size > 1) or (name in OWN_KERNELS and mesh.device.type != "cuda"):
+    for name in wish.backends or BACKENDS:
+        row = BACKENDS[name]
+        if (row.one_rank and mesh.size > 1) or row.device not in ("", mesh.device.type):
             continue
-        bounded = mesh.device.type == "cuda" and name not in ("local", "copy_engine")
+        bounded = mesh.device.type == "cuda" and row.multiprocessors
         budgets = wish.multiprocessors if bounded else (0,)
-        if bounded and name == "collective":
+        if bounded and name == Parallel.dispatch:  # what a run does where nobody says anything
             budgets = (0, *budgets)
         found += [Contender(name, budget) for budget in budgets]
-        if name in ("nvlink", "collective"):
+        if row.fp8:
             found.append(Contender(name, budgets[-1], fp8=True))
     return found
 
@@ -153,11 +155,11 @@ class Bench:
 
     def _made(self, contender: Contender) -> Dispatcher:
         mesh, node = self.mesh, 0
-        if contender.backend == "two_hop":
+        if BACKENDS[contender.backend].by_node:
             node = max(1, mesh.size // 2)
         bounded = Mesh(1, mesh.size, mesh.rank, mesh.device, mesh.size, contender.multiprocessors)
         terms = Terms(self.wish.experts, contender.fp8, self.most, contender.multiprocessors)
-        return DISPATCHERS[contender.backend](process_peers(bounded, node), terms)
+        return open_dispatcher(contender.backend, process_peers(bounded, node), terms)
 
     def _given(self, wish: AllToAll, tokens: int) -> tuple[Tensor, Route]:
         device = self.mesh.device
@@ -225,8 +227,8 @@ def all_to_all(wish: AllToAll, mesh: Mesh) -> Iterator[dict[str, Any]]:
     wish = settled(wish, mesh)
     bench, rows = Bench(wish, mesh), []
     notes = [f"{name}: {reason}" for name, reason in bench.why_not.items()]
-    if mesh.device.type != "cuda":
-        notes.append(f"{' and '.join(OWN_KERNELS)} are not timed: they need GPUs.")
+    if elsewhere := backends(lambda row: row.device not in ("", mesh.device.type)):
+        notes.append(f"{', '.join(elsewhere)} are not timed: they need GPUs.")
     if mesh.size == 1:
         notes.append(
             "One rank: there is no wire; bytes are those of the rows that stay, ceilings copies in memory."

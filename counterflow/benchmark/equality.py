@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.channels import Links, LocalChannels
+from counterflow.config.backends import BACKENDS, backends
 from counterflow.config.model import ModelConfig
 from counterflow.config.models import MODELS
 from counterflow.config.run import Parallel
@@ -50,7 +51,7 @@ class Layout:
     stages_per_rank: int | None = None
     expert: int = 1
     """Data ranks that share experts; above 1 it is `equality_experts` that compares."""
-    dispatch: str = "collective"
+    dispatch: str = Parallel.dispatch
     node_ranks: int = 0
 
 
@@ -93,7 +94,11 @@ def num_layers(stages: int) -> int:
     return max(3, stages - 2)
 
 
-def draw(generator: random.Random, backends: Sequence[str] = ("collective", "two_hop")) -> tuple[Layout, int]:
+ANYWHERE = backends(lambda row: not row.device)
+"""Backends of every device."""
+
+
+def draw(generator: random.Random, backends: Sequence[str] = ANYWHERE) -> tuple[Layout, int]:
     """A random layout and MTP depth: often of four ranks or more, with MTP, uneven plans, recomputation; where experts
     are shared, by one of `backends`."""
     name = generator.choice(list(SCHEDULES))
@@ -130,7 +135,7 @@ def with_shared_experts(generator: random.Random, layout: Layout, backends: Sequ
         data_ranks=expert * blocks,
         expert=expert,
         dispatch=dispatch,
-        node_ranks=node if dispatch == "two_hop" else 0,
+        node_ranks=node if BACKENDS[dispatch].by_node else 0,
     )
 
 

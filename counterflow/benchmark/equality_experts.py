@@ -22,10 +22,11 @@ from counterflow.benchmark.equality import (
     settings_of,
     with_accumulators,
 )
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.channels import Links, LocalChannels
 from counterflow.comm.dispatch import Terms
 from counterflow.comm.peers import thread_peers
+from counterflow.config.backends import BACKENDS
 from counterflow.config.run import Parallel
 from counterflow.model.debts import main_grad
 from counterflow.model.transformer import Transformer, keep_experts
@@ -39,7 +40,7 @@ from counterflow.schedule.words import Plan, Schedule
 BOUND = 1e-10
 """Relative to the largest element, in float64."""
 BOUND_OF_KERNELS = 1e-6
-"""The same where gates travel as fp32, each rounded by up to 6e-8: by `nvlink` and `copy_engine`."""
+"""The same where gates travel as fp32, each rounded by up to 6e-8."""
 EXPERTS = ".experts."
 
 
@@ -52,7 +53,7 @@ def compare(layout: Layout, model: Transformer, seed: int = 0) -> float:
         plans = tuple(without_mtp(plan, model.config) for plan in plans)
     model.recompute = layout.recompute
     settings, samples = settings_of(layout), samples_of(layout, model.config, seed)
-    worst, bound = 0.0, BOUND_OF_KERNELS if layout.dispatch in ("nvlink", "copy_engine") else BOUND
+    worst, bound = 0.0, BOUND_OF_KERNELS if BACKENDS[layout.dispatch].gates_fp32 else BOUND
     for start in range(0, layout.data_ranks, layout.expert):
         some = samples[start : start + layout.expert]
         block = run_block(layout, model, some, settings, schedule, plans)
@@ -78,7 +79,7 @@ def run_block(
         index, row = place
         own = part_of(model, index, size)
         terms = Terms(model.config.num_routed_experts)
-        own.dispatcher = DISPATCHERS[layout.dispatch](peers[row][index], terms)
+        own.dispatcher = open_dispatcher(layout.dispatch, peers[row][index], terms)
         stages = {stage: Stage(own, plans[stage.index]) for stage in schedule.held(row)}
         executor = Executor(schedule, row, stages, LocalChannels(links[index]))
         sums = executor.run(lambda pipe, mb: samples[index, first[pipe] + mb], settings)

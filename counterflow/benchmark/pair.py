@@ -17,7 +17,7 @@ from counterflow.benchmark.carried import Repeated, Tape, balanced, in_turn, rep
 from counterflow.benchmark.equality import with_accumulators
 from counterflow.benchmark.processes import share_a_gpu
 from counterflow.benchmark.rounds import Rounds
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.channels import Links, LocalChannels
 from counterflow.comm.clock import Mark, between, mark
 from counterflow.comm.dispatch import Dispatcher, Terms
@@ -25,8 +25,10 @@ from counterflow.comm.local import Local
 from counterflow.comm.mesh import PRECISIONS, Mesh, precision_for
 from counterflow.comm.partition import carve
 from counterflow.comm.peers import process_peers
+from counterflow.config.backends import BACKENDS
 from counterflow.config.model import ModelConfig
 from counterflow.config.models import MODELS
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError
 from counterflow.model.rope import rope_table
 from counterflow.model.transformer import Transformer, keep_experts
@@ -84,7 +86,7 @@ ON_A_CPU = {
     "heads": 2,
     "experts": 16,
     "tokens": 64,
-    "backends": ("collective",),
+    "backends": (Parallel.dispatch,),
 }
 
 
@@ -328,13 +330,13 @@ class Bench:
 def _open(pairs: Pairs, contender: Contender) -> tuple[Dispatcher, list[Repeated]]:
     """The backend, and the exchanges that can be made to repeat."""
     mesh, wish = pairs.mesh, pairs.wish
-    if mesh.size == 1 and contender.backend not in ("nvlink", "copy_engine"):
+    if mesh.size == 1 and not BACKENDS[contender.backend].worst_case:
         return Local(), []
     bounded = replace(mesh, multiprocessors=contender.multiprocessors)
-    node = max(1, mesh.size // 2) if contender.backend == "two_hop" else 0
+    node = max(1, mesh.size // 2) if BACKENDS[contender.backend].by_node else 0
     peers = process_peers(bounded, node)
     repeated = []
-    if contender.backend in ("collective", "two_hop"):
+    if not BACKENDS[contender.backend].device:  # by exchanges of rows, which can be repeated
         whole, rail, within = (
             Repeated(one) if one else None for one in (peers.whole, peers.rail, peers.node)
         )
@@ -342,14 +344,14 @@ def _open(pairs: Pairs, contender: Contender) -> tuple[Dispatcher, list[Repeated
         peers = replace(peers, whole=whole, rail=rail, node=within)
         repeated = [one for one in (whole, rail, within) if one is not None]
     terms = Terms(pairs.config.num_routed_experts, False, wish.tokens, contender.multiprocessors)
-    return DISPATCHERS[contender.backend](peers, terms), repeated
+    return open_dispatcher(contender.backend, peers, terms), repeated
 
 
 def contenders(wish: Overlap, mesh: Mesh) -> list[Contender]:
     """Every backend with every budget and routing; the copy engine has no budget."""
     found: Mapping[Contender, None] = {
         Contender(
-            backend, 0 if backend == "copy_engine" or mesh.device.type != "cuda" else budget, routing
+            backend, budget * (BACKENDS[backend].multiprocessors and mesh.device.type == "cuda"), routing
         ): None
         for routing in wish.routing
         for backend in wish.backends

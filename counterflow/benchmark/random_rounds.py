@@ -15,11 +15,12 @@ from torch import Tensor
 
 from counterflow.benchmark.equality import relative_error
 from counterflow.benchmark.routings import ROUTINGS, drawn
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Dispatcher, Route, Terms
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
+from counterflow.config.run import Parallel
 from counterflow.model.experts import Experts
 
 EACH = 4
@@ -34,7 +35,7 @@ BOUND = 2e-6
 class RandomRounds:
     """What is drawn."""
 
-    backend: str = "collective"
+    backend: str = Parallel.dispatch
     rounds: int = 1000
     tokens: int = 40
     """Of a rank, at most; a fifth of the ranks have none."""
@@ -67,7 +68,7 @@ def random_rounds(wish: RandomRounds, mesh: Mesh) -> Iterator[dict[str, Any]]:
     """A line a round, the same on every rank: its largest relative error over all ranks.   Fails: AssertionError."""
     node = max(1, mesh.size // 2)
     terms = Terms(EACH * mesh.size, tokens=wish.tokens)
-    dispatcher = DISPATCHERS[wish.backend](process_peers(mesh, node), terms)
+    dispatcher = open_dispatcher(wish.backend, process_peers(mesh, node), terms)
     whole = _experts(mesh)
     for number in range(wish.rounds):
         dice = random.Random(wish.seed * 1_000_000 + number)

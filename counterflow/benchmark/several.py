@@ -27,6 +27,7 @@ from counterflow.benchmark.several_predicted import (
     simulated_from,
 )
 from counterflow.benchmark.several_shown import readme, said
+from counterflow.config.run import Parallel
 from counterflow.errors import CounterflowError
 from counterflow.plan.hardware import Hardware, hardware
 from counterflow.schedule import trace
@@ -109,7 +110,7 @@ class Run:
         compared = [name.split(", ") for name in (*self.record.rows, *self.record.not_run)]
         tried = {words[3] for words in compared if words[0] == "equality" and len(words) == 4}
         gave = {name.split(", ")[-1] for name, row in self.record.rows.items() if "worst" in row}
-        return tried - gave if "collective" in gave else set()
+        return tried - gave if Parallel.dispatch in gave else set()
 
     def _part(self, part: Part, file: Path) -> None:
         """A part's rows, as they come; what it did not give is not run, for one reason."""

@@ -106,7 +106,7 @@ class Part:
             return replace(self, given=(*given, tuple(one for one in some if one not in backends)))
         if self.run is None or not self.ways or self.run.parallel.dispatch not in backends:
             return self
-        run = replace(self.run, parallel=replace(self.run.parallel, dispatch="collective"))
+        run = replace(self.run, parallel=replace(self.run.parallel, dispatch=Parallel.dispatch))
         return replace(self, run=run, parallel=run.parallel, given=(run, *self.given[1:]))
 
 
@@ -143,7 +143,7 @@ def out_of_reach(ranks: int) -> dict[str, str]:
 
 def _equality(wish: Several, ranks: int) -> Iterator[Part]:
     """A part for every layout: both precisions, every backend, the plainest first."""
-    backends = sorted(wish.dispatch, key=lambda name: name != "collective")
+    backends = sorted(wish.dispatch, key=lambda name: name != Parallel.dispatch)
     for pipeline, expert in ARRANGED[ranks] if "equality" in wish.kinds else ():
         some = tuple(backends) if expert > 1 else backends[:1]
         schedule = "dualpipe" if pipeline > 1 else "dualpipev"

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from counterflow.benchmark.several_steps import Way
+from counterflow.config.backends import BACKENDS, LOCAL
 from counterflow.config.load import load_run
 from counterflow.config.run import RunConfig
 from counterflow.errors import ConfigError
@@ -83,7 +84,7 @@ def prediction(run: RunConfig, way: Way, machine: Hardware) -> Prediction:
     bare = _spans(without_transfers(costs), way, schedule, plans)
     whole = makespan(spans)
     on_gpu = machine.card.multiprocessors > 0
-    peaks = memory(costs, schedule, plans, run.parallel.dispatch if run.parallel.expert > 1 else "local")
+    peaks = memory(costs, schedule, plans, run.parallel.dispatch if run.parallel.expert > 1 else "")
     return Prediction(
         whole + update(costs, schedule, plans).seconds,
         whole,
@@ -212,7 +213,8 @@ def laid_out(pipeline: int, expert: int, microbatches: int, size: int, schedule:
 
 def _fits(run: RunConfig, bytes_: float) -> bool:
     schedule, plans = scheduled(run)
-    backend = "nvlink" if run.parallel.expert > 1 else "local"  # its standing buffers are the largest
+    largest = max(BACKENDS, key=lambda name: (BACKENDS[name].worst_case, BACKENDS[name].regions))
+    backend = largest if run.parallel.expert > 1 else LOCAL
     return (
         max(peak.total for peak in memory(costs_of(run, hardware("h200")), schedule, plans, backend))
         < ROOM * bytes_

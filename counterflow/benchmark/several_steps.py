@@ -24,7 +24,7 @@ from counterflow.comm.dispatch import Dispatcher, Route
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.partition import carve
-from counterflow.config.run import RunConfig
+from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import CounterflowError
 from counterflow.model.transformer import expert_shards
 from counterflow.pipeline.record import Recorder
@@ -32,7 +32,7 @@ from counterflow.schedule import trace
 from counterflow.schedule.words import Span
 from counterflow.train.optim import Optimizer
 from counterflow.train.pipelined import Pipelined
-from counterflow.train.spread import open_dispatcher
+from counterflow.train.spread import dispatcher_of
 from counterflow.train.timeline import from_zero
 
 FEW = 16
@@ -58,7 +58,7 @@ def opened(run: RunConfig, mesh: Mesh) -> tuple[Dispatcher, str]:
     """The run's dispatcher, once it has carried a few tokens there and back; else why it cannot, on all ranks alike."""
     found, wrong = Local(), ""
     try:
-        found = open_dispatcher(run, mesh)
+        found = dispatcher_of(run, mesh)
         model = run.model
         x = torch.ones(FEW, model.hidden_size, device=mesh.device, dtype=dtype_of(run))
         ids = torch.arange(model.num_experts_per_token, device=mesh.device).repeat(FEW, 1)
@@ -84,8 +84,8 @@ class Steps:
         carve(run.parallel.multiprocessors, mesh.device)
         self.carrier, self.why_not = opened(run, mesh)
         if self.why_not:
-            instead = replace(run, parallel=replace(run.parallel, dispatch="collective"))
-            self.carrier = open_dispatcher(instead, mesh)
+            instead = replace(run, parallel=replace(run.parallel, dispatch=Parallel.dispatch))
+            self.carrier = dispatcher_of(instead, mesh)
         self.pipelined = Pipelined(run, mesh)
         model = self.pipelined.model
         draw_on(model, mesh.device, dtype_of(run))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from counterflow.config.backends import BACKENDS
 from counterflow.plan.chart import curves
 
 Result = Mapping[str, Any]
@@ -12,13 +13,10 @@ HEAD = ("", "wire MB", "transport", "GB/s", "of", "dispatch", "of", "combine", "
 def ceiling_of(name: str, ceilings: Mapping[str, float]) -> str:
     """The ceiling that a backend is held against: the same means with the same budget, else the fastest."""
     backend, _, rest = name.partition(", ")
-    budget = rest.split(" ")[0]
-    wanted = {
-        "nvlink": f"push, {budget} programs",
-        "copy_engine": "copy engine",
-        "collective": f"NCCL, {budget} CTAs" if budget.isdigit() else "NCCL",
-    }.get(backend, "")
-    return wanted if wanted in ceilings else max(ceilings, key=lambda one: ceilings[one])
+    budget, means = rest.split(" ")[0], BACKENDS[backend].ceiling
+    budgeted = f"{means}, {budget} " if budget.isdigit() else means
+    same = [one for one in ceilings if means and (one == means or one.startswith(budgeted))]
+    return max(same, key=len) if same else max(ceilings, key=lambda one: ceilings[one])
 
 
 def table(result: Result, tokens: int) -> list[tuple[str, ...]]:

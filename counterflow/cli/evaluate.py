@@ -10,6 +10,7 @@ import tyro
 from counterflow.cli.files import keep
 from counterflow.cli.loading import loaded, mesh_on, precision_on
 from counterflow.cli.tasks import Tasks, tasks
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError, DataError, nearest
 from counterflow.machine import cores
 
@@ -51,7 +52,7 @@ class HumanEval:
     ranks: int = 0
     """Processes that share each layer's experts and write the texts in turn; 0: as many as torchrun or Slurm has
     started, else one."""
-    dispatch: str = "collective"
+    dispatch: str = Parallel.dispatch
     """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
     workers: int = 0
     """Programs run at a time; 0: one for each core."""
@@ -159,7 +160,7 @@ class Perplexity:
     ranks: int = 0
     """Processes that share each layer's experts, for a model that is too large for one; each reads all texts.
     0: as many as torchrun or Slurm has started, else one."""
-    dispatch: str = "collective"
+    dispatch: str = Parallel.dispatch
     """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
     json: str = ""
     """Where the numbers are written too."""

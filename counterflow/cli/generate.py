@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from counterflow.cli.loading import loaded, mesh_on, settings_of
+from counterflow.config.run import Parallel
 from counterflow.progress import Progress
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Generate:
     ranks: int = 0
     """Processes that share each layer's experts between them, for a model that is too large for one; 0: as many as
     torchrun or Slurm has started, else one."""
-    dispatch: str = "collective"
+    dispatch: str = Parallel.dispatch
     """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
 
 

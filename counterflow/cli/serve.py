@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from counterflow.cli.loading import loaded, settings_of
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError, installing
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Serve:
     ranks: int = 0
     """Processes that share each layer's experts between them, for a model that is too large for one; the first listens
     and deals out what is asked. 0: as many as torchrun or Slurm has started, else one."""
-    dispatch: str = "collective"
+    dispatch: str = Parallel.dispatch
     """How they reach each other's experts: collective, nvlink, copy_engine or deep_ep."""
 
 

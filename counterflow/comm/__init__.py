@@ -1,21 +1,27 @@
-"""Meshes, channels, dispatch. Here only the table of backends: to add one, a file and a line."""
+"""Meshes, channels, dispatch. Here only how a backend is opened; their table is in `config/backends.py`."""
 
-from collections.abc import Callable, Mapping
+from importlib import import_module
 
-from counterflow.comm.collective import collective
-from counterflow.comm.deep_ep import deep_ep
 from counterflow.comm.dispatch import Dispatcher, Terms
-from counterflow.comm.local import Local
-from counterflow.comm.nvlink import copy_engine, nvlink
+from counterflow.comm.exchange import GroupExchange
 from counterflow.comm.peers import Peers
-from counterflow.comm.two_hop import two_hop
+from counterflow.config.backends import BACKENDS, backends
+from counterflow.errors import ConfigError
 
-DISPATCHERS: Mapping[str, Callable[[Peers, Terms], Dispatcher]] = {
-    "local": lambda peers, terms: Local(),
-    "collective": collective,
-    "two_hop": two_hop,
-    "nvlink": nvlink,
-    "copy_engine": copy_engine,
-    "deep_ep": deep_ep,
-}
-"""By name: peers and terms give this rank's dispatcher."""
+
+def open_dispatcher(name: str, peers: Peers, terms: Terms) -> Dispatcher:
+    """This rank's dispatcher of a backend's name.   Fails: ConfigError where the backend cannot be used."""
+    row, whole = BACKENDS[name], peers.whole
+    if (
+        isinstance(whole, GroupExchange)
+        and whole.group is not None
+        and row.device not in ("", whole.device.type)
+    ):
+        error = ConfigError(
+            f"dispatch is {name} and the device is {whole.device.type}; it needs {row.device}: set dispatch to "
+            f"{' or '.join(backends(lambda row: not row.device))}."
+        )
+        error.shared = True
+        raise error
+    module, _, function = row.opens.partition(":")
+    return getattr(import_module(module), function)(peers, terms)

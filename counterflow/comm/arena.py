@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.config.backends import backends
 from counterflow.errors import RankError
 
 
@@ -49,8 +50,9 @@ def symmetric_arena(size: int, device: torch.device, group: dist.ProcessGroup | 
         handle = symmetric.rendezvous(memory, group)
     except RuntimeError as error:
         raise RankError(
-            f"these ranks cannot share memory for parallel.dispatch nvlink ({str(error).splitlines()[0]}); it needs "
-            "GPUs of one host that are joined by NVLink: set parallel.dispatch to collective or two_hop."
+            f"these ranks cannot reach into each other's memory ({str(error).splitlines()[0]}); their dispatch needs "
+            "GPUs of one host that are joined by NVLink: set parallel.dispatch to "
+            f"{' or '.join(backends(lambda row: not row.one_host))}."
         ) from error
     parts = tuple(handle.get_buffer(rank, (size,), torch.uint8) for rank in range(group.size()))
     memory.zero_()

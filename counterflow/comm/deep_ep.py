@@ -39,7 +39,7 @@ def deep_ep(peers: Peers, terms: Terms) -> Dispatcher:
     except (ImportError, AttributeError, RuntimeError, AssertionError) as error:
         reason = ConfigError(
             f"dispatch is deep_ep, and DeepEP cannot be used here ({str(error).splitlines()[0]}); install its V1 "
-            "(which needs NVSHMEM) or set dispatch to nvlink, which needs torch and Triton alone."
+            "(which needs NVSHMEM) or set dispatch to another backend."
         )
         reason.shared = True
         raise reason from error

@@ -16,7 +16,6 @@ from torch import Tensor
 from counterflow.comm.arena import Arena, symmetric_arena
 from counterflow.comm.dispatch import Pending, there
 from counterflow.comm.mesh import Group
-from counterflow.errors import ConfigError
 
 PATIENCE_S = 300.0
 """How long a thread waits for another before it gives up."""
@@ -47,13 +46,13 @@ class GroupExchange:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.size, self.index = len(group.ranks), group.index
-        self.group, self._device = group.handle, device
+        self.group, self.device = group.handle, device
 
     def counts(self, sent: Sequence[int]) -> list[int]:
         """How many rows come from each rank. Waits for all."""
         if self.group is None:
             return list(sent)
-        given = torch.tensor(sent, device=self._device)
+        given = torch.tensor(sent, device=self.device)
         found = torch.empty_like(given)
         dist.all_to_all_single(found, given, group=self.group)
         return found.tolist()
@@ -76,21 +75,7 @@ class GroupExchange:
 
     def arena(self, size: int, device: torch.device) -> Arena:
         """GPUs' memory, on one host."""
-        if self.group is not None:
-            require_shared_memory(device)
         return symmetric_arena(size, device, self.group, self.index)
-
-
-def require_shared_memory(device: torch.device) -> None:
-    """Fails (ConfigError, on all ranks alike) where processes cannot reach into each other's memory."""
-    if device.type == "cuda":
-        return
-    error = ConfigError(
-        "dispatch is nvlink or copy_engine and the device is a CPU; processes share memory on GPUs alone: set "
-        "dispatch to collective, or in training to two_hop."
-    )
-    error.shared = True
-    raise error
 
 
 @dataclass

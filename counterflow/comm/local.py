@@ -3,7 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from counterflow.comm.dispatch import Arrived, Pending, Route, there
+from counterflow.comm.dispatch import Arrived, Pending, Route, Terms, there
+from counterflow.comm.peers import Peers
 from counterflow.comm.traffic import Traffic
 
 
@@ -33,3 +34,9 @@ class Local:
     def traffic(self) -> list[Traffic]:
         """Nothing travels."""
         return []
+
+
+def local(peers: Peers, terms: Terms) -> Local:
+    """One rank alone."""
+    del peers, terms
+    return Local()

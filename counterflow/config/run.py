@@ -11,11 +11,12 @@ from itertools import pairwise
 from os.path import expanduser
 from pathlib import PurePath
 
+from counterflow.config.backends import BACKENDS, Backend, backends
 from counterflow.config.model import ModelConfig
 from counterflow.errors import ConfigError, nearest
 
 PRECISIONS = ("auto", "fp32", "bf16")
-DISPATCHES = ("collective", "two_hop", "nvlink", "copy_engine", "deep_ep")
+DISPATCHES = backends(lambda row: True)
 RECOMPUTES = ("none", "attention", "layer")
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "must", "never")
@@ -244,11 +245,16 @@ class Parallel:
             raise ConfigError(f"parallel.dispatch_room is {self.dispatch_room}; it must be 0 or above.")
         if self.dispatch not in DISPATCHES:
             raise ConfigError(f"parallel.dispatch is '{self.dispatch}'; {nearest(self.dispatch, DISPATCHES)}")
-        if self.dispatch == "two_hop" and (not self.node_ranks or self.expert % self.node_ranks):
+        if self.backend.by_node and (not self.node_ranks or self.expert % self.node_ranks):
             raise ConfigError(
-                f"parallel.dispatch is two_hop with parallel.expert {self.expert} and parallel.node_ranks "
+                f"parallel.dispatch is {self.dispatch} with parallel.expert {self.expert} and parallel.node_ranks "
                 f"{self.node_ranks}; set parallel.node_ranks to the expert ranks of one node, a divisor of the first."
             )
+
+    @property
+    def backend(self) -> Backend:
+        """What is known of its dispatch."""
+        return BACKENDS[self.dispatch]
 
     @property
     def processes(self) -> int:
@@ -262,13 +268,16 @@ class Parallel:
                 self.expert == 1,
                 ("dispatch", "dispatch_fp8", "dispatch_room", "node_ranks"),
             ),
-            "parallel.dispatch is not two_hop": (self.dispatch != "two_hop", ("node_ranks",)),
-            "parallel.dispatch is neither nvlink nor copy_engine": (
-                self.dispatch not in ("nvlink", "copy_engine"),
+            f"parallel.dispatch is {self.dispatch}, which knows no nodes": (
+                not self.backend.by_node,
+                ("node_ranks",),
+            ),
+            f"parallel.dispatch is {self.dispatch}, which makes room for the rows that come": (
+                not self.backend.worst_case,
                 ("dispatch_room",),
             ),
-            "parallel.dispatch is deep_ep, which sends what it is given": (
-                self.dispatch == "deep_ep",
+            f"parallel.dispatch is {self.dispatch}, which sends what it is given": (
+                not self.backend.fp8,
                 ("dispatch_fp8",),
             ),
             "parallel.pipeline is 1": (

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from counterflow.comm.mesh import Mesh
+from counterflow.config.run import Parallel
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError
 from counterflow.infer import request
@@ -44,7 +45,7 @@ def complete(
     prompts: Sequence[str],
     sampling: Sampling,
     mesh: Mesh | None = None,
-    dispatch: str = "collective",
+    dispatch: str = Parallel.dispatch,
 ) -> Iterator[str]:
     """What follows each prompt, in their order, written side by side; the prompt begins a document.
 

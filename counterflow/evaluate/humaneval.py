@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.comm.mesh import Mesh
+from counterflow.config.run import Parallel
 from counterflow.data.lines import rows
 from counterflow.data.tokenizer import Tokenizer
 from counterflow.errors import ConfigError, DataError, installing, nearest
@@ -95,7 +96,7 @@ def written(
     samples: int,
     rule: str,
     mesh: Mesh | None = None,
-    dispatch: str = "collective",
+    dispatch: str = Parallel.dispatch,
 ) -> Iterator[tuple[str, str]]:
     """(task, completion), `samples` of each problem, written by a model, or by all ranks of `mesh` with its parts."""
     if rule not in PROMPTS:

@@ -6,18 +6,18 @@ agreed first: whether anyone works, the depth of drafts, and whether anyone has 
 largest of all ranks' numbers, over the exchange that tells how many rows are sent.
 """
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Terms
-from counterflow.comm.exchange import Exchange, require_shared_memory
+from counterflow.comm.exchange import Exchange
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import process_peers
+from counterflow.config.backends import backends
+from counterflow.config.run import Parallel
 from counterflow.errors import ConfigError, nearest
 from counterflow.model.transformer import Transformer
 
-BACKENDS = [name for name in DISPATCHERS if name not in ("local", "two_hop")]
+DISPATCHES = backends(lambda row: not row.by_node)
 """Between ranks that write together; nodes are known to training only."""
-MEMORY = ("nvlink", "copy_engine")
-"""Those that reach into other ranks' memory, which is opened when the first rows go out: too late to be refused."""
 
 
 class Ranks:
@@ -38,20 +38,19 @@ class Ranks:
         return max(self.exchange.counts([value] * self.exchange.size))
 
 
-def share_experts(model: Transformer, mesh: Mesh, rows: int, dispatch: str = "collective") -> Ranks:
+def share_experts(model: Transformer, mesh: Mesh, rows: int, dispatch: str = Parallel.dispatch) -> Ranks:
     """The ranks of `mesh`, which all share the experts; `model`, which holds this rank's, is told how to reach them.
 
     `rows` is the most that one of them runs over in a pass. A collective.
     Fails: ConfigError on an unknown backend, or one that cannot be used here.
     """
-    if dispatch not in BACKENDS:
-        error = ConfigError(f"dispatch is '{dispatch}'; {nearest(dispatch, BACKENDS)}")
+    if dispatch not in DISPATCHES:
+        error = ConfigError(f"dispatch is '{dispatch}'; {nearest(dispatch, DISPATCHES)}")
         error.shared = True
         raise error
     if mesh.expert == 1:
         return Ranks()
-    if dispatch in MEMORY:
-        require_shared_memory(mesh.device)
     peers = process_peers(mesh)
-    model.dispatcher = DISPATCHERS[dispatch](peers, Terms(model.config.num_routed_experts, tokens=rows))
+    terms = Terms(model.config.num_routed_experts, tokens=rows)
+    model.dispatcher = open_dispatcher(dispatch, peers, terms)
     return Ranks(peers.whole)

@@ -11,6 +11,7 @@ from math import gcd
 from typing import Any
 
 from counterflow.config import run as settings
+from counterflow.config.backends import BACKENDS, backends
 from counterflow.config.load import run_of, to_toml
 from counterflow.config.run import Parallel, RunConfig, Train
 from counterflow.errors import ConfigError
@@ -20,8 +21,6 @@ from counterflow.plan.layout import allowed_microbatches, require_layout
 
 TRAINED_AS = {"projections": "attention"}
 """Recomputation that training has under another name, or a little more of."""
-ON_ONE_HOST = ("nvlink", "copy_engine")
-"""Dispatch backends without a network."""
 
 
 def files(run: RunConfig, layout: Layout, precision: str, hardware: Hardware) -> Mapping[str, str]:
@@ -89,18 +88,21 @@ def _dispatch(parallel: Parallel, layout: Layout, hardware: Hardware) -> dict[st
     """The run's own backend; between nodes two hops, as the plan was priced, on as many multiprocessors."""
     card, backend = hardware.card, parallel.dispatch
     if layout.expert == 1:
-        return {"dispatch": "collective", "node_ranks": 0, "multiprocessors": parallel.multiprocessors}
+        return {"dispatch": Parallel.dispatch, "node_ranks": 0, "multiprocessors": parallel.multiprocessors}
     taken = min(hardware.communication_multiprocessors, card.multiprocessors)
     found = {"dispatch": backend, "node_ranks": 0, "multiprocessors": parallel.multiprocessors or taken}
     on_node = gcd(min(layout.gpus, card.gpus_per_node), layout.expert)
-    if backend in ON_ONE_HOST and on_node < layout.expert:
+    by_node = backends(lambda row: row.by_node)[0]
+    if BACKENDS[backend].one_host and on_node < layout.expert:
         raise ConfigError(
             f"parallel.dispatch is {backend}, which joins the GPUs of one host, and {layout} shares experts among "
-            f"{layout.expert} ranks on nodes of {card.gpus_per_node}; set parallel.dispatch=two_hop, or plan with "
+            f"{layout.expert} ranks on nodes of {card.gpus_per_node}; set parallel.dispatch={by_node}, or plan with "
             f"--expert {on_node}."
         )
-    if backend == "two_hop" or (backend == "collective" and on_node < layout.expert):
-        return {**found, "dispatch": "two_hop", "node_ranks": on_node}
+    if backend == Parallel.dispatch and on_node < layout.expert:
+        backend = by_node
+    if BACKENDS[backend].by_node:
+        return {**found, "dispatch": backend, "node_ranks": on_node}
     return found
 
 

@@ -10,33 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from counterflow.config.backends import BACKENDS, LOCAL
+from counterflow.config.run import Parallel
 from counterflow.plan.cost import Costs, held_parameters, holders
 from counterflow.plan.work import Kept, stage_kept
 from counterflow.schedule.words import Kind, Part, Plan, Schedule, StageId
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A dispatch backend's standing buffers: `regions` of it, each for the rows that arrive, or for all that could."""
-
-    regions: int
-    worst_case: bool
-    source: str
-
-
-BUFFERS: Mapping[str, Buffer] = {
-    "local": Buffer(0, False, "nothing travels"),
-    "collective": Buffer(
-        2, False, "torch's all-to-all: what is sent and what arrives, as many rows as there are"
-    ),
-    "two_hop": Buffer(
-        3, False, "one more region where rows change from the network to the node's links [§3.2.2]"
-    ),
-    "nvlink": Buffer(4, True, "docs/DESIGN.md, decision 5: an arena of four regions, sized for every token"),
-    "copy_engine": Buffer(4, True, "the same arena, filled by the copy engines"),
-    "deep_ep": Buffer(1, False, "DeepEP V1's chunked queues, about the rows of one transfer; README hints"),
-}
-"""Dispatch backends by the names of `parallel.dispatch`; local, where one rank has all experts."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +117,11 @@ def _transient(costs: Costs, parts: set[Part]) -> float:
 
 def _buffers(costs: Costs, backend: str, dispatches: bool) -> float:
     load, layout, model = costs.load, costs.layout, costs.job.model
-    name = backend or ("collective" if layout.expert > 1 else "local")
-    buffer, row = BUFFERS[name], model.hidden_size * costs.job.bytes_of.combined
-    rows = load.tokens * (layout.expert if buffer.worst_case else load.sizes.arrived)
+    row = BACKENDS[backend or (Parallel.dispatch if layout.expert > 1 else LOCAL)]
+    rows = load.tokens * (layout.expert if row.worst_case else load.sizes.arrived)
+    row_bytes = model.hidden_size * costs.job.bytes_of.combined
     channels = 4 * 2 if layout.pipeline > 1 else 0  # x and dx, to and fro, two buffers each
-    return dispatches * buffer.regions * rows * row + channels * load.tokens * model.hidden_size * 2
+    return dispatches * row.regions * rows * row_bytes + channels * load.tokens * model.hidden_size * 2
 
 
 Counts = tuple[tuple[StageId, int, int], ...]

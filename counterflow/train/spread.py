@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Dispatcher, Terms
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Group, Mesh
@@ -49,13 +49,12 @@ def holders_of(mesh: Mesh, rows: Mapping[tuple[int, ...], set[str]]) -> list[tup
     return groups
 
 
-def open_dispatcher(run: RunConfig, mesh: Mesh) -> Dispatcher:
+def dispatcher_of(run: RunConfig, mesh: Mesh) -> Dispatcher:
     """This rank's dispatcher. A collective."""
     if mesh.expert == 1:
         return Local()
     parallel = run.parallel
-    node = parallel.node_ranks if parallel.dispatch == "two_hop" else 0
-    peers = process_peers(mesh, node)
+    peers = process_peers(mesh, parallel.node_ranks if parallel.backend.by_node else 0)
     tokens = run.train.micro_batch_size * run.data.sequence_length
     terms = Terms(
         run.model.num_routed_experts,
@@ -64,4 +63,4 @@ def open_dispatcher(run: RunConfig, mesh: Mesh) -> Dispatcher:
         mesh.expert_multiprocessors,
         math.ceil(parallel.dispatch_room * tokens),
     )
-    return DISPATCHERS[parallel.dispatch](peers, terms)
+    return open_dispatcher(parallel.dispatch, peers, terms)

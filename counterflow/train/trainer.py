@@ -30,7 +30,7 @@ from counterflow.train.ema import Ema
 from counterflow.train.optim import Optimizer
 from counterflow.train.piece import Piece
 from counterflow.train.pipelined import Pipelined, StepSamples
-from counterflow.train.spread import holders_of, open_dispatcher, whole_model
+from counterflow.train.spread import dispatcher_of, holders_of, whole_model
 
 GIVEN = ("master.", "bias.")
 AVERAGES = "ema."
@@ -65,7 +65,7 @@ class Trainer:
         carve(run.parallel.multiprocessors, self.device)
         self.pipeline = Pipelined(run, mesh) if mesh.pipeline > 1 else None
         self.model = self.pipeline.model if self.pipeline else whole_model(run, mesh)
-        self.model.dispatcher = self.dispatcher = open_dispatcher(run, mesh)
+        self.model.dispatcher = self.dispatcher = dispatcher_of(run, mesh)
         initialise(self.model, run.train.seed)
         self.model.to(self.device)
         self.model.recompute = run.train.recompute

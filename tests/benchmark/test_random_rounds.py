@@ -8,7 +8,7 @@ import pytest
 from counterflow.benchmark import random_rounds
 from counterflow.benchmark.carried import balanced
 from counterflow.benchmark.routings import ROUTINGS
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.mesh import Mesh
 from counterflow.comm.peers import thread_peers
 
@@ -24,8 +24,7 @@ class Alone(Mesh):
 def play(monkeypatch, wrap, rounds: int) -> list[list[dict]]:
     peers = thread_peers(2, 1)
     monkeypatch.setattr(random_rounds, "process_peers", lambda mesh, node: peers[mesh.rank])
-    made = {"collective": lambda own, terms: wrap(DISPATCHERS["collective"](own, terms))}
-    monkeypatch.setattr(random_rounds, "DISPATCHERS", made)
+    monkeypatch.setattr(random_rounds, "open_dispatcher", lambda *given: wrap(open_dispatcher(*given)))
     wish = random_rounds.RandomRounds(rounds=rounds, tokens=12, late_s=0.001)
 
     def rank(index: int) -> list[dict]:

@@ -8,22 +8,26 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Route, Terms
+from counterflow.comm.exchange import GroupExchange
 from counterflow.comm.hop import Hop
 from counterflow.comm.local import Local
-from counterflow.comm.peers import thread_peers
+from counterflow.comm.mesh import Group
+from counterflow.comm.peers import Peers, thread_peers
+from counterflow.config.backends import backends
 from counterflow.errors import ConfigError
 from counterflow.kernels.fp8 import dequantise, quantise
 from counterflow.model.debts import Ledger
 from counterflow.model.experts import Experts
 from counterflow.model.layer import _Combine, _Dispatch
 
-INTERPRETED = ("nvlink", "copy_engine")
+INTERPRETED = backends(lambda row: row.worst_case)
 """Their kernels run under Triton's interpreter here, a millisecond for each row: fewer tokens and rounds."""
-PLAIN = [name for name in DISPATCHERS if name not in ("local", "deep_ep", *INTERPRETED)]
-BACKENDS = [*PLAIN, *INTERPRETED]
+PLAIN = backends(lambda row: not row.device)
+ALL = [*PLAIN, *INTERPRETED]
 WIDTH, INNER, TOP = 7, 5, 3
 """Odd on purpose."""
 
@@ -100,7 +104,7 @@ def all_ranks(name: str, ranks: int, experts: Experts, every: list[Given], node:
 
     def play(rank: int):
         tokens = max(len(one.x) for one in every)
-        dispatcher = DISPATCHERS[name](peers[rank], Terms(count, fp8, tokens, multiprocessors=2))
+        dispatcher = open_dispatcher(name, peers[rank], Terms(count, fp8, tokens, multiprocessors=2))
         result = through(dispatcher, part(experts, rank, ranks), every[rank], delays[rank] if delays else 0.0)
         return *result, dispatcher
 
@@ -175,13 +179,13 @@ def test_rows_exact_outputs_and_gradients_close_to_local(name, ranks, kind):
     check(name, ranks, kind, sizes, torch.bfloat16, ranks + 2)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ALL)
 def test_no_tokens_anywhere_and_an_odd_number_of_ranks(name):
     check(name, 2, "uniform", [0, 0], torch.float32, 0)
     check(name, 3, "skewed", [5, 0, 9], torch.float32, 1)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ALL)
 def test_random_rounds_with_one_rank_late(name):
     """`bench/random_rounds.py` plays thousands."""
     generator = random.Random(name)
@@ -214,7 +218,7 @@ def test_a_token_crosses_once_to_a_node_and_flat_once_to_a_rank():
         assert whole.traffic.rows == 2 * others + 2 * home
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", ALL)
 def test_fp8_on_the_wire_is_the_rows_rounded_and_nothing_else(name):
     """In FP8 a row arrives as its quantised self; two hops round numbers that are already rounded."""
     ranks, tokens = (2, 3) if name in INTERPRETED else (4, 20)
@@ -261,7 +265,7 @@ def test_ledgers_owe_the_experts_of_a_part():
         own, ledger = part(experts, rank, ranks), Ledger(owing=True)
         for weight in own.parameters():
             weight.main_grad = torch.zeros_like(weight)
-        dispatcher, one, ticket = DISPATCHERS["collective"](peers[rank], Terms(count)), every[rank], []
+        dispatcher, one, ticket = open_dispatcher("collective", peers[rank], Terms(count)), every[rank], []
         rows, gates = _Dispatch.apply(one.x.requires_grad_(), one.gates, one.ids, dispatcher, ticket)
         y = own(replace(ticket[0], rows=rows, gates=gates), ledger)
         _Combine.apply(y, one.into, dispatcher, ticket[0]).backward(one.dout)
@@ -295,7 +299,7 @@ def test_rows_without_room_are_an_error_on_every_rank():
     peers = thread_peers(ranks)
 
     def play(rank: int) -> str:
-        dispatcher = DISPATCHERS["nvlink"](peers[rank], Terms(count, tokens=9, room=4))
+        dispatcher = open_dispatcher("nvlink", peers[rank], Terms(count, tokens=9, room=4))
         with pytest.raises(ConfigError) as caught:
             through(dispatcher, part(experts, rank, ranks), every[rank])
         assert caught.value.shared
@@ -310,8 +314,22 @@ def test_rows_without_room_are_an_error_on_every_rank():
 def test_deep_ep_says_in_one_line_why_it_cannot_be_used():
     if find_spec("deep_ep"):
         pytest.skip("DeepEP is installed")
-    with pytest.raises(ConfigError, match=r"No module named 'deep_ep'.*set dispatch to nvlink"):
-        DISPATCHERS["deep_ep"](thread_peers(2)[0], Terms(8))
+    with pytest.raises(ConfigError, match=r"No module named 'deep_ep'.*set dispatch to another"):
+        open_dispatcher("deep_ep", thread_peers(2)[0], Terms(8))
+
+
+@pytest.mark.parametrize("name", backends(lambda row: row.device))
+def test_a_backend_of_gpus_is_refused_between_processes_on_a_cpu(name):
+    """With one line, before a row is sent; `deep_ep` before it is looked for."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        peers = Peers(GroupExchange(Group((0,), 0, dist.group.WORLD), torch.device("cpu")))
+        with pytest.raises(
+            ConfigError, match=f"dispatch is {name} and the device is cpu.*collective or two_hop"
+        ):
+            open_dispatcher(name, peers, Terms(8))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", INTERPRETED)
@@ -322,7 +340,10 @@ def test_ways_travelled_for_a_benchmark_leave_no_trace(name):
     every = [given("uniform", size, count, ranks, size, torch.float32) for size in (3, 2)]
 
     def play(rank: int):
-        dispatcher, own = DISPATCHERS[name](peers[rank], Terms(count, tokens=3)), part(experts, rank, ranks)
+        dispatcher, own = (
+            open_dispatcher(name, peers[rank], Terms(count, tokens=3)),
+            part(experts, rank, ranks),
+        )
         first = through(dispatcher, own, every[rank])
         dispatcher.repeats = 3
         dispatcher.transport(every[rank].x, first[1]).wait()

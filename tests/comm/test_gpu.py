@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Terms
 from counterflow.comm.local import Local
 from counterflow.comm.mesh import Mesh
@@ -51,7 +51,7 @@ def check_rank(dispatcher, rank: int, ranks: int, kind: str, sizes: list[int], d
 
 def rounds(rank: int, ranks: int, name: str, dtype) -> None:
     peers = open_peers(rank, ranks)
-    dispatcher = DISPATCHERS[name](peers, Terms(4 * ranks, tokens=32))
+    dispatcher = open_dispatcher(name, peers, Terms(4 * ranks, tokens=32))
     generator = random.Random(name)
     for seed in range(ROUNDS):
         sizes = [generator.choice((0, 1, generator.randrange(33))) for _ in range(ranks)]
@@ -86,7 +86,7 @@ def test_rows_exact_outputs_and_gradients_close_to_local(name, dtype):
 
 def in_fp8(rank: int, ranks: int, name: str) -> None:
     peers, device = open_peers(rank, ranks), torch.device("cuda", torch.cuda.current_device())
-    dispatcher, count = DISPATCHERS[name](peers, Terms(4 * ranks, fp8=True, tokens=32)), 4 * ranks
+    dispatcher, count = open_dispatcher(name, peers, Terms(4 * ranks, fp8=True, tokens=32)), 4 * ranks
     experts = experts_of(count, torch.float32).to(device)
     for seed in range(4):
         one = on(device, given("uniform", 7 * seed, count, ranks, seed * 100 + rank, torch.float32))
@@ -104,7 +104,7 @@ def test_fp8_on_the_wire_is_the_rows_rounded_and_nothing_else(name):
 
 def no_room(rank: int, ranks: int) -> None:
     peers = open_peers(rank, ranks)
-    dispatcher = DISPATCHERS["nvlink"](peers, Terms(4 * ranks, tokens=32, room=3))
+    dispatcher = open_dispatcher("nvlink", peers, Terms(4 * ranks, tokens=32, room=3))
     with pytest.raises(Exception, match="room for 3"):
         check_rank(dispatcher, rank, ranks, "one expert", [32] * ranks, torch.float32, 1)
     dist.destroy_process_group()
@@ -119,7 +119,7 @@ def dead(rank: int, ranks: int) -> None:
 
     wire.PATIENCE_S = 2.0
     peers = open_peers(rank, ranks)
-    dispatcher = DISPATCHERS["nvlink"](peers, Terms(4 * ranks, tokens=32))
+    dispatcher = open_dispatcher("nvlink", peers, Terms(4 * ranks, tokens=32))
     check_rank(dispatcher, rank, ranks, "uniform", [9] * ranks, torch.float32, 1)
     if rank == 1:
         time.sleep(8)

@@ -316,7 +316,7 @@ def test_a_misspelt_setting_of_a_source_names_the_nearest(tmp_path):
         (
             ("data=2", "expert=2", "node_ranks=2"),
             "cuda",
-            "node_ranks has no effect, since parallel.dispatch is not",
+            "node_ranks has no effect, since parallel.dispatch is collective, which knows no nodes",
         ),
         (
             ("data=2", "expert=2", "dispatch_room=2"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from counterflow.comm import DISPATCHERS
+from counterflow.comm import open_dispatcher
 from counterflow.comm.dispatch import Terms
 from counterflow.comm.peers import Peers, thread_peers
 from counterflow.infer.engine import Engine, EngineSettings, pass_rows
@@ -34,8 +34,8 @@ def part_of(whole: Transformer, index: int, peers: Peers, parts: int, backend: s
         if name in shards:
             start = shards[name].offset
             weight.data = full[name].flatten()[start : start + weight.numel()].view_as(weight).clone()
-    model.dispatcher = DISPATCHERS[backend](
-        peers, Terms(LANGUAGE.num_routed_experts, tokens=SETTINGS.max_rows)
+    model.dispatcher = open_dispatcher(
+        backend, peers, Terms(LANGUAGE.num_routed_experts, tokens=SETTINGS.max_rows)
     )
     return model.requires_grad_(False)
 

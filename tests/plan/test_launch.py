@@ -2,6 +2,7 @@
 
 import pytest
 
+from counterflow.config.backends import backends
 from counterflow.config.load import load_run
 from counterflow.errors import ConfigError
 from counterflow.plan.hardware import hardware
@@ -50,9 +51,10 @@ def test_the_best_layouts_of_a_search_are_runs(name, card, gpus, pins, overrides
         assert parallel.multiprocessors == (kind.communication_multiprocessors if shares else 0)
 
 
-def test_a_backend_of_one_host_is_refused_between_nodes():
-    run = load_run("small", ["parallel.dispatch=copy_engine"])
+@pytest.mark.parametrize("name", backends(lambda row: row.one_host))
+def test_a_backend_of_one_host_is_refused_between_nodes(name):
+    run = load_run("small", [f"parallel.dispatch={name}"])
     with pytest.raises(
-        ConfigError, match=r"copy_engine, which joins the GPUs of one host.*or plan with --expert 8"
+        ConfigError, match=rf"{name}, which joins the GPUs of one host.*or plan with --expert 8"
     ):
         files(run, Layout(1, 16, 16, 8), "bf16", hardware("h100"))
