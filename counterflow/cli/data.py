@@ -1,7 +1,7 @@
 """`counterflow data`: a run's text to tokens before it is trained on, so that no rank waits for it.
 
-It takes the words of `counterflow train`. Under torchrun or srun each process makes a share, and who finds the last one
-made puts all together; a process that was killed leaves what it had, and the next one goes on from there.
+It takes the words of `counterflow train`. Under torchrun or srun each process makes a share, and one that finds all
+shares made joins them; what a killed process had made is kept, and the next one goes on from there.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """From a name or a TOML file plus dotted overrides to one RunConfig, and back to TOML.
 
-Unknown keys fail and name the nearest: a misspelt setting that is read past costs a training run. Types are
+Unknown keys fail and name the nearest: a misspelt setting that is ignored costs a training run. Types are
 checked here, once, against the dataclasses' annotations; what is impossible is said by the dataclasses
 themselves. The standard library reads TOML but does not write it; the writer below knows just what a
 RunConfig holds.

@@ -1,6 +1,6 @@
 """A released DeepSeek-V3 `config.json` as a model config, and back, key for key.
 
-What our model cannot be (softmax scoring, tied embeddings, biases …) is refused rather than read past, and so is a key
+What our model cannot be (softmax scoring, tied embeddings, biases …) is refused rather than ignored, and so is a key
 that is in none of the tables here: a loader that skips what it does not know gives a model that runs and is wrong. A
 key that is null counts as not given.
 """
@@ -76,7 +76,7 @@ BY_NULL: Mapping[str, int] = {"n_shared_experts": 0, "n_group": 1, "topk_group":
 """What null says where a number must be named otherwise: no shared experts, no groups."""
 
 WRITTEN: Mapping[str, Any] = {"attention_dropout": 0.0, "ep_size": 1, "seq_aux": True, "use_cache": True}
-"""Written for the loaders that look for them, and read past."""
+"""Written for the loaders that look for them; ignored when read."""
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "names and versions": "architectures auto_map id2label label2id problem_type tokenizer_class transformers_version",

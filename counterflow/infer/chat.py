@@ -54,13 +54,11 @@ def chat_of(tokenizer: Tokenizer) -> Chat:
     Fails: DataError for a template that is none.
     """
     if tokenizer.beside.template is not None:
-        return Chat(
-            "by the chat template of its folder", Templated(tokenizer, tokenizer.beside.template).prompt
-        )
+        return Chat("with the folder's chat template", Templated(tokenizer, tokenizer.beside.template).prompt)
     if all(mark in tokenizer.controls for mark in MARKS.values()):
-        form = f"with the marks {' and '.join(MARKS.values())}, since no chat template is there"
+        form = f"with the marks {' and '.join(MARKS.values())}, since the folder has no chat template"
         return Chat(form, lambda turns: _marked(tokenizer, turns))
-    form = "as lines of 'User:' and 'Assistant:', since neither a chat template nor marks for roles are there"
+    form = "as lines of 'User:' and 'Assistant:', since the folder has neither a chat template nor tokens for roles"
     return Chat(form, lambda turns: _worded(tokenizer, turns), stop=("\n\nUser:",))
 
 

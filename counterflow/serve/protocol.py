@@ -2,7 +2,7 @@
 
 Null is the same as not given, in every place. A field that would change the text and is not built here is refused
 unless it stands at the value that changes nothing; what our own answers hold is taken back as a message. A field that
-nobody knows is refused too: a misspelt `max_token` that is read past gives a wrong answer.
+nobody knows is refused too: a misspelt `max_token` that is ignored gives a wrong answer.
 """
 
 from dataclasses import replace

@@ -101,7 +101,7 @@ def trained_by(run: RunConfig, folder: Path, step: int) -> bool:
 
 
 def continued(run: RunConfig, folder: Path, step: int) -> RunConfig:
-    """The run with its batches and its length in tokens: those decided when it began, where it asks for the same.
+    """The run with its batches and its length in tokens decided: as when it began, unless it asks for others now.
 
     Fails: CounterflowError for a layout that cannot run it.
     """

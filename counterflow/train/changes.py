@@ -1,9 +1,9 @@
-"""What may be another setting when a run goes on from a checkpoint, and the record of what was another one.
+"""Which settings may change when a run is resumed from a checkpoint, and the record of those that did.
 
-A checkpoint is tensors and a place in the text. Whatever takes up both may change; what gives the tensors another
-shape, or the place another meaning, may not. A change that a number can tell is said, stands in run.toml with the step
-that it holds from, and in the metrics of the first step after. Not taken: refusing every change, which makes the
-remedies for a run that diverges or runs out of memory refuse themselves.
+A checkpoint is tensors and a place in the text. A setting may change unless it gives a tensor another shape or the
+place another meaning. A change that affects the numbers is printed, kept in run.toml with the step from which it holds,
+and written to the metrics of the first step after. Not taken: refusing every change, since a run that diverges or runs
+out of memory needs one.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from counterflow.errors import ConfigError
 from counterflow.notation import from_toml
 from counterflow.train.folder import RUN_TOML
 
-TAKEN_UP: Mapping[str, str] = {
+CHANGEABLE: Mapping[str, str] = {
     "train.lr": "the rate is of the steps to come",
     "train.tokens": "all that changes over a run is a function of the share done, and follows its length",
     "train.batch_size": "the place is a number of samples, whatever batches they came in",
@@ -49,8 +49,8 @@ TAKEN_UP: Mapping[str, str] = {
     "keep.eval_samples": "as above",
     "keep.log_every": "as above",
 }
-"""Settings (or all of a table) that may change, each with its reason."""
-UNSEEN = (
+"""Settings, or all of a table, that may change, each with the reason why it may."""
+UNRECORDED = (
     "name",
     "data.cache_dir",
     "train.threads",
@@ -59,11 +59,11 @@ UNSEEN = (
     "keep.wandb",
     "keep.report",
 )
-"""Those that may change and that no number tells; they are not recorded."""
+"""Settings that may change and affect no number; their changes are not recorded."""
 
 
 class Change(NamedTuple):
-    """A setting that is another one from a step on; the values as one writes them."""
+    """A setting that changed: the step from which it holds, and both values as the command line takes them."""
 
     step: int
     setting: str
@@ -75,9 +75,9 @@ class Change(NamedTuple):
 
 
 def changes(before: RunConfig, run: RunConfig, folder: Path, step: int) -> list[Change]:
-    """What is another setting from `step` on.   Fails: ConfigError for a setting that cannot be taken up."""
+    """The settings that differ from `step` on.   Fails: ConfigError for one that may not change."""
     found = [Change(step, *values) for values in _differences(before, run)]
-    refused = [str(change) for change in found if not _listed(change.setting, TAKEN_UP)]
+    refused = [str(change) for change in found if not _listed(change.setting, CHANGEABLE)]
     if refused:
         length = any(text.startswith("train.minutes") for text in refused)
         raise ConfigError(
@@ -105,7 +105,7 @@ def recorded(folder: Path) -> list[Change]:
 
 
 def together(earlier: Sequence[Change], new: Sequence[Change], step: int) -> list[Change]:
-    """Both, at a run that goes on from `step`: what was changed later than that holds from there."""
+    """Both, for a run that is resumed at `step`; what had changed after it counts as changed there."""
     merged: dict[tuple[int, str], Change] = {}
     for change in (*earlier, *new):
         key = min(change.step, step), change.setting
@@ -127,7 +127,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, st
     """(setting, was, is) of what is not the same; `auto` is anything, until decided."""
     for name in settings(type(old)):
         key, before, after = prefix + name, getattr(old, name), getattr(new, name)
-        if before == after or after == "auto" or _listed(key, UNSEEN):
+        if before == after or after == "auto" or _listed(key, UNRECORDED):
             continue
         if dataclasses.is_dataclass(before) and type(before) is type(after):
             yield from _differences(before, after, key + ".")

@@ -11,8 +11,9 @@ from typing import NamedTuple
 from counterflow.errors import ConfigError
 
 PORTS = 20000
-"""From here on a Slurm job's processes meet, each job and step at a port of its own, as far as they reach."""
+"""The processes of a Slurm step meet at one of so many ports, from this number on, by the ids of job and step."""
 OTHER_STEP = 1009
+"""How far apart the ports of two steps of a job are."""
 
 
 class Place(NamedTuple):

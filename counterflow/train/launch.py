@@ -122,7 +122,11 @@ def _peer_lost(error: Exception) -> int:
     if not os.environ.get(AGENT, "").startswith(OURS):
         place = place_here()
         rank = f"rank {place.rank}" if place else "this rank"
-        print(f"counterflow: {rank} lost another: {first_line(error)}", file=sys.stderr, flush=True)
+        print(
+            f"counterflow: {rank} lost its connection to another: {first_line(error)}",
+            file=sys.stderr,
+            flush=True,
+        )
     os._exit(PEER_LOST)  # the group cannot be closed any more
 
 
@@ -257,8 +261,8 @@ def _explain(failed: ChildFailedError, restarts: int, killed: str) -> int:
         said: Any = failure.message  # by its annotation text; a table where a rank has left more
         said = said["message"] if isinstance(said, dict) else said
         raise RankError(
-            f"rank {rank} (process {failure.pid}) lost another{often}, and no rank said why: {said}. What was saved is "
-            "untouched; start the same command again."
+            f"rank {rank} (process {failure.pid}) lost its connection to another{often}, and no rank said why: "
+            f"{said}. What was saved is untouched; start the same command again."
         )
     return failure.exitcode
 

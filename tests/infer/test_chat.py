@@ -70,7 +70,7 @@ def test_a_template_is_rendered_as_transformers_renders_it(tokenizer: Tokenizer,
     plain = [*turns[:2], turn("assistant", "hey"), turns[3]]
     expected = theirs.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
     assert chat.prompt(plain) == chat.prompt(turns) == expected
-    assert (chat.form, chat.stop) == ("by the chat template of its folder", ())
+    assert (chat.form, chat.stop) == ("with the folder's chat template", ())
 
 
 @settings(max_examples=40)

@@ -36,7 +36,7 @@ def test_ranks_that_all_lost_another_are_not_silent(tmp_path, monkeypatch):
     file = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
     get_error_handler().record_exception(PeerLostError("Timed out waiting 1800000ms"))
-    said = "lost another, and no rank said why: PeerLostError: Timed out waiting 1800000ms"
+    said = "lost its connection to another, and no rank said why: PeerLostError: Timed out waiting 1800000ms"
     with pytest.raises(RankError, match=re.escape(said)):
         _explain(ended(PEER_LOST, PEER_LOST, error_file=str(file)), 0, "")
 
@@ -71,4 +71,8 @@ on_ranks(2, "cpu", [], act)
     ]
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [PEER_LOST, PEER_LOST], said
-    assert "rank 1 lost another" in said[1] and "imed out" in said[1] and said[1].count("counterflow:") == 1
+    assert (
+        "rank 1 lost its connection to another" in said[1]
+        and "imed out" in said[1]
+        and said[1].count("counterflow:") == 1
+    )
