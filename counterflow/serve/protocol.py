@@ -88,7 +88,7 @@ class Unbuilt(Given):
     use_beam_search: Off | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
-    logit_bias: Annotated[dict[str, StrictFloat], Field(max_length=0)] | None = None
+    logit_bias: dict[str, Zero] | None = None
 
 
 class TextFormat(Given):

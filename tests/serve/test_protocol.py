@@ -60,7 +60,7 @@ COMPLETION = {"model": "x", "prompt": "a"}
 CHAT = {"model": "x", "messages": TURNS}
 NOTHING = {
     CompletionAsked: [
-        {"presence_penalty": 0, "best_of": 1, "logit_bias": {}, "user": "me", "suffix": ""},
+        {"presence_penalty": 0, "best_of": 1, "logit_bias": {"5": 0}, "user": "me", "suffix": ""},
         {"repetition_penalty": 1.0, "min_p": 0, "ignore_eos": False, "store": True, "metadata": {"a": "b"}},
     ],
     ChatAsked: [
