@@ -19,8 +19,10 @@ GRACE_S = 0.7
 """What the main thread has to take an interrupt before the process ends without it."""
 INTERRUPTED = 128 + signal.SIGINT
 SHOW_CURSOR = "\x1b[?25h"
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What tells a training to end: Ctrl-C, a scheduler before its limit (Slurm's --signal, SGE, LSF), a lost terminal."""
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What a scheduler sends before its limit: Slurm's --signal, SGE, LSF; SIGXCPU before one of processor time."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *WARNINGS)
+"""What tells a training to end: Ctrl-C, a scheduler, a lost terminal."""
 SET_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl."""
 

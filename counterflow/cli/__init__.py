@@ -95,13 +95,13 @@ def answered(act: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in STORAGE:
             raise
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else "what is written or printed: "
         print(
             f"counterflow: {where}{error.strerror}; free space there, mend its permissions, or ",
             end="",
             file=sys.stderr,
         )
-        print("choose another folder (keep.folder, data.cache_dir).", file=sys.stderr)
+        print("write elsewhere (keep.folder, data.cache_dir, the shell's >).", file=sys.stderr)
         return 2
 
 

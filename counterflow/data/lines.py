@@ -69,7 +69,7 @@ def decoded(raw: bytes, where: str, offset: int) -> str:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: byte {offset + error.start} (0x{raw[error.start]:02x}) is not UTF-8; text must be "
-            "UTF-8. Convert the file (iconv -t UTF-8), or leave it out."
+            "UTF-8. Convert the file (iconv -f ENCODING -t UTF-8), or leave it out."
         ) from error
 
 

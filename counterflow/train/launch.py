@@ -30,7 +30,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from counterflow.comm.mesh import Mesh, device_for, objects_group
 from counterflow.config.run import Parallel, RunConfig
 from counterflow.errors import ConfigError, CounterflowError, PeerLostError, RankError, first_line
-from counterflow.interrupt import end_now, end_with_parent, handled, heard
+from counterflow.interrupt import WARNINGS, end_now, end_with_parent, handled, heard
 from counterflow.machine import cores
 from counterflow.train.begin import is_trained
 from counterflow.train.environment import Place, place_here, started
@@ -221,7 +221,7 @@ def _launch(parallel: Parallel, threads: int, words: Sequence[str], killed: str)
         monitor_interval=0.2,
     )
     try:
-        with handled(_pass_on, signal.SIGUSR1, signal.SIGUSR2), heard(_ends_when_told_twice()):
+        with handled(_pass_on, *WARNINGS), heard(_ends_when_told_twice()):
             elastic_launch(settings, sys.executable)("-m", "counterflow", *words)
     except SignalException as signalled:
         return 128 + signalled.sigval.value

@@ -119,7 +119,7 @@ def test_no_files(tmp_path: Path, make, wanted: str) -> None:
     ("name", "content", "wanted"),
     [
         ("a.txt", b" \n", "holds no text"),
-        ("a.txt", b"abc\xff", r"a\.txt: byte 3 \(0xff\) is not UTF-8; .*iconv"),
+        ("a.txt", b"abc\xff", r"a\.txt: byte 3 \(0xff\) is not UTF-8; .*iconv -f"),
         ("a.txt", b"x", "data.held_out is 0.2 .* both are needed"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n\xff\n', r"a\.jsonl:2: byte 14 \(0xff\)"),

@@ -151,7 +151,7 @@ def reach(folder: Path, step: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_what_a_scheduler_or_a_lost_terminal_sends_saves_as_sigterm_does(tmp_path, number, capsys):
     write_text(tmp_path / "text.txt")
     with pytest.MonkeyPatch.context() as patch:
