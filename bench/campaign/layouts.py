@@ -190,7 +190,7 @@ def compare_with_plain(run: RunConfig, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["batch"] == run.train.batch_size or run.train.batch_start, f"a batch of {row['batch']}"
         with patch.object(lr, "batch_size", lambda *_, row=row: row["batch"]):
-            found = plain.step()
+            found: dict[str, Any] = plain.step()
         for name, bound in (("loss", LOSS), ("mtp_loss", LOSS), ("grad_norm", NORM), ("lr", 0.0)):
             _require_close(found[name], row[name], bound, f"{name} of step {row['step']}")
         for layer, counts in row["load"].items():
@@ -228,10 +228,13 @@ def _labels(run: RunConfig) -> Iterator[str]:
 @contextmanager
 def threads_are_ranks() -> Iterator[None]:
     """While inside, every thread has process groups of its own."""
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    with patch.object(distributed_c10d, "_world", ThreadLocalWorld()):
-        yield
-    torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # pyright: ignore[reportAttributeAccessIssue]
+    isolate(True)
+    try:
+        with patch.object(distributed_c10d, "_world", ThreadLocalWorld()):
+            yield
+    finally:
+        isolate(False)
 
 
 def _in_threads(run: RunConfig, words: list[str], stop: int) -> None:
