@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from itertools import pairwise
+from math import isfinite
 
 from counterflow.errors import ConfigError
 
@@ -98,8 +99,10 @@ def replicate(loads: Sequence[float], slots: int) -> list[int]:
 
 
 def _require(loads: Sequence[float], slots: int, groups: int, nodes: int, gpus: int) -> None:
-    if not loads or min(loads) < 0:
-        raise ConfigError("expert loads are empty or negative; give each expert's tokens, from 0 on.")
+    if not loads or min(loads) < 0 or not isfinite(sum(loads)):
+        raise ConfigError(
+            "expert loads are empty or negative or beyond all numbers; give each expert's tokens, from 0 on."
+        )
     if min(slots, groups, nodes, gpus) < 1 or len(loads) % groups or gpus % nodes or slots % gpus:
         raise ConfigError(
             f"{len(loads)} experts in {groups} groups, {slots} slots on {gpus} GPUs of {nodes} nodes; groups must "

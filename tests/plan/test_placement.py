@@ -81,6 +81,8 @@ def test_what_gpus_bear_sums_to_what_experts_do_also_where_these_do_not_divide()
         (([1.0] * 12, 16, 5, 2, 8), "groups must divide the experts"),
         (([1.0] * 12, 18, 4, 2, 8), "GPUs the slots"),
         (([], 16, 4, 2, 8), "empty or negative"),
+        (([1.0] * 11 + [float("inf")], 16, 4, 2, 8), "beyond all numbers"),
+        (([1.0] * 11 + [float("nan")], 16, 4, 2, 8), "beyond all numbers"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(arguments, says):
