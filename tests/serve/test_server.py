@@ -1,5 +1,6 @@
 """The server by OpenAI's own client and by plain requests: what comes is the engine's text, and errors have a form."""
 
+import asyncio
 import http.client
 import json
 import random
@@ -10,13 +11,16 @@ from time import sleep
 
 import openai
 import pytest
+from starlette.exceptions import HTTPException
 
 from counterflow.errors import ConfigError
 from counterflow.infer.engine import Engine, EngineSettings
 from counterflow.infer.request import Sampling, TokenLogprob
 from counterflow.infer.sample import sample_tokens
 from counterflow.serve.answers import ChatForm, CompletionForm
+from counterflow.serve.guard import Guard
 from counterflow.serve.listen import ServerSettings, listening
+from counterflow.serve.metrics import Metrics
 from tests.infer.models import finish
 from tests.serve.service import learnt, running
 
@@ -352,6 +356,34 @@ def test_the_key_the_limits_and_a_graceful_stop(tokenizer):
         first = answer.read(10)
     assert first and answer.read().endswith(b"data: [DONE]\n\n"), "what was under way is written to its end"
     last.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "pieces", "read"), [(b"wrong", 5, 5), (b"secret", 5, 5), (b"secret", 50, 16)]
+)
+def test_the_rest_of_a_refused_body_is_read_before_the_answer(key, pieces, read):
+    """Up to a bound; a connection that is closed with bytes unread is reset, and the answer lost."""
+    left = [{"type": "http.request", "body": b"x" * 1000, "more_body": n > 0} for n in range(pieces)]
+    answers = []
+
+    async def receive():
+        return left.pop()
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            answers.append((message["status"], pieces - len(left)))
+
+    async def app(scope, receive, send):
+        try:
+            while (await receive())["more_body"]:
+                pass
+        except HTTPException as error:
+            await send({"type": "http.response.start", "status": error.status_code})
+
+    headers = [(b"authorization", b"Bearer " + key)]
+    scope = {"type": "http", "path": "/v1/x", "method": "POST", "headers": headers}
+    asyncio.run(Guard(app, Metrics(), "secret", 1000)(scope, receive, send))
+    assert answers == [(401 if key == b"wrong" else 413, read)]
 
 
 def test_the_server_describes_itself(toy):
