@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
+from math import comb, inf
 from random import Random
 
 from counterflow.config.model import ModelConfig
@@ -31,9 +31,9 @@ class Routing:
     """Whether the model's group limit holds."""
 
     def __post_init__(self) -> None:
-        if self.loads and not (all(load >= 0 for load in self.loads) and sum(self.loads) > 0):
+        if self.loads and not (all(load >= 0 for load in self.loads) and 0 < sum(self.loads) < inf):
             raise ConfigError(
-                "expert loads must be counts from 0 on, not all 0; give a layer's tokens by expert."
+                "expert loads must be finite counts from 0 on, not all 0; give a layer's tokens by expert."
             )
 
     def places(self, model: ModelConfig, count: int) -> float:

@@ -28,6 +28,30 @@ DISCARDED = 16
 """Times the largest body that is accepted: so much of a refused request is read and thrown away."""
 
 
+class Body:
+    """A request's body as it is received, and no more of it than `most` bytes."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self.most, self.size, self.whole = receive, most, 0, False
+
+    async def receive(self) -> Message:
+        """The next part.   Fails: HTTPException once it is too large."""
+        message = await self._next()
+        if self.size > self.most:
+            raise HTTPException(413, f"The body is larger than {self.most} bytes; send less at once.")
+        return message
+
+    async def discard(self) -> None:
+        """Receive the rest, up to a bound: a connection closed with bytes unread is reset, and the answer lost."""
+        while not self.whole and self.size < DISCARDED * self.most:
+            await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self.size, self.whole = self.size + len(message.get("body", b"")), not message.get("more_body")
+        return message
+
+
 class Guard:
     """An ASGI application around another."""
 
@@ -40,30 +64,14 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status, size, whole = perf_counter(), 499, 0, False
-
-        async def received() -> Message:
-            nonlocal size, whole
-            message = await receive()
-            size, whole = size + len(message.get("body", b"")), not message.get("more_body")
-            return message
+        began, status, body = perf_counter(), 499, Body(receive, self.max_body_bytes)
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                # A connection closed with bytes unread is reset, and the answer lost: the rest of the body comes first.
-                while not whole and size < DISCARDED * self.max_body_bytes:
-                    await received()
+                await body.discard()
             await send(message)
-
-        async def limited() -> Message:
-            message = await received()
-            if size > self.max_body_bytes:
-                raise HTTPException(
-                    413, f"The body is larger than {self.max_body_bytes} bytes; send less at once."
-                )
-            return message
 
         try:
             headers = dict(scope["headers"])
@@ -72,7 +80,7 @@ class Guard:
             elif not self.allows(scope, headers):
                 await refuse(watched, 401, *NO_KEY)
             else:
-                await self.app(scope, limited, watched)
+                await self.app(scope, body.receive, watched)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests[path, status] += 1

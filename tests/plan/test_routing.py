@@ -37,6 +37,9 @@ def test_even_loads_are_nearly_the_uniform_choice_and_skewed_ones_are_not():
 
 
 def test_loads_that_do_not_fit_are_refused():
+    for number in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ConfigError, match="finite counts"):
+            Routing(loads=(1.0, number))
     with pytest.raises(ConfigError, match="3 expert loads for 256 experts"):
         Routing(loads=(1.0, 2.0, 3.0)).places(V3, 8)
     with pytest.raises(ConfigError, match="not all 0"):
