@@ -264,10 +264,10 @@ def measured(name: str, size: Size, steps: int, words: list[str], profiled: Path
         return {"error": "out of memory"}
     memory, parameters = torch.cuda.max_memory_allocated(), sum(each.numel() for each in model.parameters())
     found = {"steps_s": seconds[WARMUPS:], "memory_bytes": memory, "parameters": parameters}
-    return found | (profile(step, profiled) if profiled else {})
+    return found | (kernels_of(step, profiled) if profiled else {})
 
 
-def profile(step: Callable[[], Any], file: Path) -> dict[str, Any]:
+def kernels_of(step: Callable[[], Any], file: Path) -> dict[str, Any]:
     """One more step's kernels, written to a file; how long the card was busy, and with how many launches."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile

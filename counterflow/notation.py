@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST_DIGITS = 4000
-"""Of a whole number that is read exactly; Python's limit is 4,300."""
+"""Of a whole number in TOML; Python's limit is 4,300."""
+EXACT_DIGITS = 308
+"""Of a whole number in JSON that is read exactly: none of so many is beyond all floats."""
 TOO_DEEP = "nested too deep"
 
 
@@ -63,4 +65,4 @@ def _unmarked(text: str | bytes) -> str:
 
 
 def _whole(digits: str) -> int | float:
-    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
+    return int(digits) if len(digits) <= EXACT_DIGITS else float(digits)

@@ -24,6 +24,7 @@ def test_what_cannot_be_read_is_a_value_error_of_one_line(read, text):
 
 def test_a_number_of_any_length_hides_nothing_beside_it():
     assert from_json('{"a": "text", "id": ' + "7" * 5000 + "}") == {"a": "text", "id": float("inf")}
+    assert from_json("[" + "7" * 308 + ", " + "7" * 400 + "]") == [int("7" * 308), float("inf")]
 
 
 def test_a_sealed_table_is_read_as_it_was_written_or_not_at_all():

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -235,15 +234,7 @@ def _numbers(found: Any) -> tuple[float, ...]:
         raise ConfigError(
             "expert loads are no list of numbers; give a layer's tokens by expert, such as [12, 9, 14]."
         )
-    return tuple(_float(one) for one in found)
-
-
-def _float(number: float) -> float:
-    """A whole number beyond all floats is infinite; who uses it refuses it."""
-    try:
-        return float(number)
-    except OverflowError:
-        return inf
+    return tuple(map(float, found))
 
 
 def read_json(name: str) -> Any:
