@@ -16,7 +16,7 @@ OTHER_STEP = 1009
 """How far apart the ports of two steps of a job are."""
 
 
-class Place(NamedTuple):
+class ProcessPlace(NamedTuple):
     """A process among those that were started together, and where they meet."""
 
     rank: int
@@ -33,7 +33,7 @@ def started() -> int | None:
     return place.processes if place else None
 
 
-def place_here() -> Place | None:
+def place_here() -> ProcessPlace | None:
     """This process's place; None where neither torchrun nor srun has started several.
 
     Fails: ConfigError where a variable is missing or no number.
@@ -57,7 +57,7 @@ def place_here() -> Place | None:
         )
     if port >= 2**16:
         raise ConfigError(f"MASTER_PORT is {port}; ports end at 65535: {_REMEDY}")
-    return Place(rank, processes, local, address, port)
+    return ProcessPlace(rank, processes, local, address, port)
 
 
 _REMEDY = "start with torchrun or srun, which set it, or unset RANK and SLURM_STEP_ID for ranks that are started here."

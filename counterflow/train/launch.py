@@ -33,7 +33,7 @@ from counterflow.errors import ConfigError, CounterflowError, PeerLostError, Ran
 from counterflow.interrupt import WARNINGS, end_now, end_with_parent, handled, heard
 from counterflow.machine import cores
 from counterflow.train.begin import is_trained
-from counterflow.train.environment import Place, place_here, started
+from counterflow.train.environment import ProcessPlace, place_here, started
 
 SHARED = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 """PyTorch's own word for symmetric memory of several processes on one GPU; where it is set, ours may share one too: a
@@ -155,7 +155,7 @@ def joined(parallel: Parallel, device_type: str) -> Iterator[Mesh]:
     dist.destroy_process_group()
 
 
-def _device_of(place: Place, device_type: str) -> tuple[torch.device, str]:
+def _device_of(place: ProcessPlace, device_type: str) -> tuple[torch.device, str]:
     """This rank's device, and what carries tensors between the ranks."""
     device = torch.device(device_type)
     if device.type != "cuda":
@@ -172,7 +172,7 @@ def _device_of(place: Place, device_type: str) -> tuple[torch.device, str]:
     return device, "gloo" if shared else "cpu:gloo,cuda:nccl"
 
 
-def _meet(place: Place, backend: str) -> None:
+def _meet(place: ProcessPlace, backend: str) -> None:
     """Make the group of all processes.   Fails: ConfigError where they do not find each other."""
     at = f"{place.address}:{place.port} (MASTER_ADDR and MASTER_PORT)"
     os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
